@@ -1,11 +1,11 @@
-# Two commands on a fresh clone: `make demo` and `make test`. Both make .venv from pyproject.toml first; a second
+# Two commands on a fresh clone: `make install` and `make test`. Both make .venv from pyproject.toml first; a second
 # run skips that. pip rather than uv, because pip honours a locally configured wheel (a CPU build of torch).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: test test-slow lint install clean
 
 install: $(STAMP)
 
@@ -28,9 +28,6 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-
-demo: $(STAMP)
-	$(BIN)/python jobs/demo.py --out runs/demo
 
 clean:
 	rm -rf $(VENV) runs
