@@ -1,0 +1,231 @@
+"""Packed LoRA: the adapters of all clusters in one layer (DESIGN, "Packed LoRA").
+
+``y = W x + ((x A_cat) * row_mask) B_cat`` with A_cat (d_in, K·r) and B_cat (K·r, d_out). A row's mask selects its
+adapter's r columns and carries its alpha/r, so one forward pass serves rows of any adapters, and of none, at two thin
+matmuls a layer. A and B are K parameters each, concatenated for the matmul, so that a cluster without rows in a batch can be
+left without a gradient (LoRA: arXiv 2106.09685; the format on disk is PEFT's).
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+ATTENTION = ("q_proj", "v_proj")
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BASE = -1  # the adapter index of a row that runs on the bare base model
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Shape of every adapter. ``targets`` are names of linear layers, as PEFT's ``target_modules``."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ALL_LINEAR
+
+
+class RowMask:
+    """Which adapter each row of the running batch uses; one object shared by all packed layers of a model."""
+
+    def __init__(self, count: int, rank: int, scalings_K: Tensor) -> None:
+        self.count, self.rank, self.scalings_K = count, rank, scalings_K
+        self.mask_BR: Tensor | None = None  # None: no row uses an adapter
+
+    def set(self, adapter_index_B: Tensor | None) -> None:
+        """Assign adapters to rows: shape (B,), values 0..K-1, or -1 for the bare base model."""
+        if adapter_index_B is None or bool((adapter_index_B == BASE).all()):
+            self.mask_BR = None
+            return
+        if int(adapter_index_B.max()) >= self.count or int(adapter_index_B.min()) < BASE:
+            raise ValueError(
+                f"adapter indices must lie in -1..{self.count - 1}, found {int(adapter_index_B.min())}.."
+                f"{int(adapter_index_B.max())}: the batch names a cluster that this model has no adapter for"
+            )
+        scalings_K = self.scalings_K.to(adapter_index_B.device)
+        one_hot_BK = (adapter_index_B[:, None] == torch.arange(self.count, device=adapter_index_B.device)) * scalings_K
+        self.mask_BR = one_hot_BK.repeat_interleave(self.rank, dim=1)
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear layer with K low-rank adapters beside it."""
+
+    def __init__(self, base: nn.Linear, rows: RowMask, generator: torch.Generator) -> None:
+        super().__init__()
+        self.base = base
+        self.rows = rows
+        d_in, d_out, rank, where = base.in_features, base.out_features, rows.rank, base.weight.device
+        # PEFT's start: A as a linear layer's weights, B zero, so that every adapter begins as the base model.
+        bound = 1 / math.sqrt(d_in)
+        self.A = nn.ParameterList(
+            ((torch.rand(d_in, rank, generator=generator) * 2 - 1) * bound).to(where) for _ in range(rows.count)
+        )
+        self.B = nn.ParameterList(torch.zeros(rank, d_out, device=where) for _ in range(rows.count))
+        self._packed: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        mask_BR = self.rows.mask_BR
+        if mask_BR is None:
+            return y
+        A_cat, B_cat = self.packed()
+        mask = mask_BR.to(A_cat.dtype).view(mask_BR.shape[0], *([1] * (x.dim() - 2)), -1)
+        return y + (((x.to(A_cat.dtype) @ A_cat) * mask) @ B_cat).to(y.dtype)
+
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """A_cat (d_in, K·r) and B_cat (K·r, d_out); kept between forward passes when nothing is being trained."""
+        if torch.is_grad_enabled() and self.A[0].requires_grad:
+            self._packed = None
+            return torch.cat(list(self.A), dim=1), torch.cat(list(self.B), dim=0)
+        if self._packed is None:
+            self._packed = (torch.cat(list(self.A), dim=1).detach(), torch.cat(list(self.B), dim=0).detach())
+        return self._packed
+
+
+def pack(model: nn.Module, count: int, config: LoraConfig, seed: int = 0) -> RowMask:
+    """Freeze ``model`` and put ``count`` adapters beside each target layer, in place.
+
+    Raises:
+        ValueError: no layer has one of the target names.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    rows = RowMask(count, config.rank, torch.full((count,), config.alpha / config.rank))
+    generator = torch.Generator().manual_seed(seed)
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in config.targets
+    ]
+    if not targets:
+        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise ValueError(f"no linear layer is named like {config.targets}; this model has {linear}: change --targets")
+    for name in targets:
+        parent, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        layer = getattr(owner, leaf)
+        setattr(owner, leaf, PackedLinear(layer, rows, generator))
+    return rows
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
+    """Every packed layer with the name that its linear layer had in the base model."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            yield name, module
+
+
+def cluster_parameters(model: nn.Module, cluster: int) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of one cluster's adapter, named as in the model."""
+    named = []
+    for name, layer in packed_layers(model):
+        named.append((f"{name}.A.{cluster}", layer.A[cluster]))
+        named.append((f"{name}.B.{cluster}", layer.B[cluster]))
+    return named
+
+
+def export_adapter(model: nn.Module, cluster: int, config: LoraConfig, folder: Path, base_model: str) -> None:
+    """Write one cluster's adapter as a PEFT folder that plain ``peft`` loads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, layer in packed_layers(model):
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.A[cluster].detach().t().contiguous().cpu()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.B[cluster].detach().t().contiguous().cpu()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    description = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(config.targets),
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "fan_in_fan_out": False,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def import_adapter(model: nn.Module, rows: RowMask, cluster: int, folder: Path) -> None:
+    """Load a PEFT LoRA, made here or elsewhere, as a cluster's adapter.
+
+    A lower rank is padded with zeros; layers that the adapter leaves out get a zero update; its own alpha (and
+    rank-stabilized scaling, arXiv 2312.03732) is kept in the row's scale.
+
+    Raises:
+        ValueError: not a plain LoRA, a rank above the packed one, layers or widths that this model has not.
+    """
+    description = json.loads((folder / "adapter_config.json").read_text())
+    _require_plain_lora(description, folder)
+    rank = description["r"]
+    if rank > rows.rank:
+        raise ValueError(f"{folder} has rank {rank}, above the packed rank {rows.rank}: pack with --rank {rank}")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    if bad := next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None):
+        raise ValueError(f"{folder}: tensor {bad} holds NaN or infinite values; the adapter cannot be used")
+    layers = dict(packed_layers(model))
+    found = _by_layer(tensors, folder)
+    if unknown := sorted(found.keys() - layers.keys()):
+        raise ValueError(
+            f"{folder} adapts layer {unknown[0]!r}, which is not packed in this model: check --model and --targets"
+        )
+    with torch.no_grad():
+        for name, layer in layers.items():
+            A, B = layer.A[cluster], layer.B[cluster]
+            A.zero_()
+            B.zero_()
+            if name in found:
+                a, b = found[name]["A"].t(), found[name]["B"].t()
+                if a.shape != (A.shape[0], rank) or b.shape != (rank, B.shape[1]):
+                    raise ValueError(
+                        f"{folder}: layer {name} has A {tuple(a.shape)} and B {tuple(b.shape)}, this model needs "
+                        f"({A.shape[0]}, {rank}) and ({rank}, {B.shape[1]}): it was made for another base model"
+                    )
+                A[:, :rank] = a.to(A)
+                B[:rank] = b.to(B)
+            layer._packed = None
+    divisor = math.sqrt(rank) if description.get("use_rslora") else rank
+    rows.scalings_K[cluster] = description["lora_alpha"] / divisor
+
+
+def load_adapters(model: nn.Module, folders: Sequence[Path]) -> RowMask:
+    """Pack as many adapters as there are PEFT folders, at the largest rank among them, ready for decoding."""
+    descriptions = [json.loads((folder / "adapter_config.json").read_text()) for folder in folders]
+    targets = {name.rpartition(".")[2] for description in descriptions for name in description["target_modules"]}
+    config = LoraConfig(rank=max(d["r"] for d in descriptions), targets=tuple(sorted(targets)))
+    rows = pack(model, len(folders), config)
+    for cluster, folder in enumerate(folders):
+        import_adapter(model, rows, cluster, folder)
+    for _, layer in packed_layers(model):
+        layer.requires_grad_(False)
+    return rows
+
+
+def _require_plain_lora(description: Mapping[str, object], folder: Path) -> None:
+    if description.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{folder} is a {description.get('peft_type')!r} adapter; only LORA can be a cluster's adapter"
+        )
+    for field in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "fan_in_fan_out"):
+        if description.get(field):
+            raise ValueError(f"{folder} uses {field}={description[field]!r}, which a packed adapter cannot hold")
+    if description.get("bias", "none") != "none":
+        raise ValueError(f"{folder} trains biases ({description['bias']!r}), which a packed adapter cannot hold")
+
+
+def _by_layer(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, matched, rest = key.removeprefix("base_model.model.").rpartition(".lora_")
+        side = rest.removesuffix(".weight")
+        if not matched or side not in ("A", "B"):
+            raise ValueError(f"{folder}: tensor {key!r} is not a LoRA weight of a linear layer")
+        found.setdefault(name, {})[side] = tensor
+    return found
