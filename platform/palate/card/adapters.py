@@ -2,8 +2,8 @@
 
 ``y = W x + ((x A_cat) * row_mask) B_cat`` with A_cat (d_in, K·r) and B_cat (K·r, d_out). A row's mask selects its
 adapter's r columns and carries its alpha/r, so one forward pass serves rows of any adapters, and of none, at two thin
-matmuls a layer. A and B are K parameters each, concatenated for the matmul, so that a cluster without rows in a batch can be
-left without a gradient (LoRA: arXiv 2106.09685; the format on disk is PEFT's).
+matmuls a layer. A and B are K parameters each, concatenated for the matmul, so that a cluster without rows in a batch
+can be left without a gradient (LoRA: arXiv 2106.09685; the format on disk is PEFT's).
 """
 
 import json
