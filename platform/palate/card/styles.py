@@ -27,6 +27,7 @@ FUNCTION_WORDS = (
 # fmt: on
 MARKS = (".", ",", "!", "?", ":", ";", "-", "(", "'", '"', "…", "...")
 ENDINGS = (".", "!", "?", "...")
+OUTLIER = 3.0  # standard deviations
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class StyleMap:
         reduced = normalize(grams) @ self.components_DH.T
         reduced /= np.maximum(np.linalg.norm(reduced, axis=1, keepdims=True), 1e-12)
         surface = np.stack([surface_features(texts) for texts in histories])
-        standard = (surface - self.mean_F) / self.scale_F / np.sqrt(len(self.mean_F))
+        # Clipped, and of unit length like the n-grams: one odd habit must not make a cluster of its own.
+        standard = normalize(np.clip((surface - self.mean_F) / self.scale_F, -OUTLIER, OUTLIER))
         embedded = np.hstack([reduced, standard]).astype(np.float32)
         embedded[[not texts for texts in histories]] = 0.0
         return embedded
