@@ -1,24 +1,29 @@
 """Finished folders and their manifests: how every stage hands its result to the next.
 
 An artifact is a folder whose ``manifest.json`` is written last. Without a readable manifest no reader sees the
-folder, and the next writer cleans it. No rename is relied on, so the same holds on a local disk and on object storage.
-Running a finished stage again does nothing; a changed identity field or input is refused by name.
+folder, and the next writer cleans it. No rename is relied on, so the same holds on a local disk and on object storage
+(which must list what was written at once, as S3 has done since 2020). Running a finished stage again does nothing; a
+changed identity field or input is refused by name. Where object storage is: docs/storage.md.
 
 On retry: a stage killed at any point either left a complete artifact or one that the next ``ensure`` starts anew.
+From a writer's start to its manifest, and while being discarded, a folder holds a marker file: all that lies beside
+it is Palate's to delete. A finished folder is discarded only if it holds nothing but what its manifest names.
 Two writers of one folder at the same time are not supported: give each run its own folder.
 """
 
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
@@ -28,6 +33,7 @@ from palate import config as configs
 
 MANIFEST = "manifest.json"
 MARKER = ".palate-unfinished"  # says that the files beside it are ours to clean, not the user's
+_MARKER_TEXT = b"Palate is writing or deleting this folder. Keep nothing of yours here: the next run empties it.\n"
 
 # Called with the name of each fault point, in order: "before data", "after data", "before manifest", "after manifest".
 # Tests replace it to kill the process there.
@@ -57,6 +63,12 @@ class FileEntry:
     path: str
     size: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        # A manifest may come from someone else: its paths must not lead out of the folder, nor out of the cache.
+        parts = PurePosixPath(self.path).parts
+        if not parts or parts[0] == "/" or ".." in parts or "\\" in self.path or "\n" in self.path:
+            raise ValueError(f"{self.path!r} is not a path inside an artifact")
 
 
 @dataclass(frozen=True)
@@ -98,21 +110,26 @@ class Artifact:
         copy = cache_folder() / "artifacts" / self.digest / path
         if not copy.exists() or copy.stat().st_size != entry.size:
             copy.parent.mkdir(parents=True, exist_ok=True)
-            # Other processes may fetch the same file: each writes its own and the last replaces, all with equal bytes.
-            partial = copy.with_name(f"{copy.name}.{os.getpid()}")
-            filesystem.get_file(f"{root}/{path}", str(partial))
-            if file_entry(partial, path) != entry:
-                partial.unlink()
-                raise ArtifactCorrupt(f"{self.url}/{path} does not have the bytes that its manifest states")
-            partial.replace(copy)
+            # Others may fetch the same file at once: each writes its own and the last replaces, all with equal bytes.
+            partial = copy.with_name(f".{uuid.uuid4().hex}")
+            try:
+                filesystem.get_file(f"{root}/{path}", str(partial))
+                if file_entry(partial, path) != entry:
+                    raise ArtifactCorrupt(f"{self.url}/{path} does not have the bytes that its manifest states")
+                partial.replace(copy)
+            finally:
+                partial.unlink(missing_ok=True)
         return copy
 
     def local_folder(self, prefix: str = "") -> Path:
         """A local folder with every file under ``prefix``, for libraries that load from folders."""
+        inside = self.paths(f"{prefix}/" if prefix else "")
+        if prefix and not inside:
+            raise ArtifactMissing(f"{self.url} ({self.kind}) has no folder {prefix!r}; it has {self.paths()[:20]}")
         filesystem, root = locate(self.url)
         if is_local(filesystem):
             return Path(root) / prefix
-        for path in self.paths(f"{prefix}/" if prefix else ""):
+        for path in inside:
             self.local(path)
         return cache_folder() / "artifacts" / self.digest / prefix
 
@@ -127,7 +144,10 @@ class Artifact:
         """
         filesystem, root = locate(self.url)
         for entry in self.files:
-            found = _remote_entry(filesystem, root, entry.path)
+            try:
+                found = _read_entry(filesystem, root, entry.path)
+            except FileNotFoundError:
+                raise ArtifactCorrupt(f"{self.url}/{entry.path} is gone, though its manifest names it") from None
             if found != entry:
                 raise ArtifactCorrupt(
                     f"{self.url}/{entry.path} is corrupt: the manifest states {entry.size} bytes, "
@@ -157,14 +177,10 @@ class Writer:
 
 def locate(url: str | Path) -> tuple[Any, str]:
     """The fsspec filesystem of a path or URL and the path inside it."""
-    filesystem, path = fsspec.core.url_to_fs(
-        str(url), **_FILESYSTEM_OPTIONS.get(fsspec.utils.get_protocol(str(url)), {})
-    )
+    local = fsspec.utils.get_protocol(str(url)) in ("file", "local")
+    # Listings must be fresh: another process may have finished the artifact a moment ago.
+    filesystem, path = fsspec.core.url_to_fs(str(url), **({} if local else {"use_listings_cache": False}))
     return filesystem, path.rstrip("/")
-
-
-# Listings must be fresh: another process may have finished the artifact a moment ago.
-_FILESYSTEM_OPTIONS: dict[str, dict[str, Any]] = {"s3": {"use_listings_cache": False}}
 
 
 def is_local(filesystem: Any) -> bool:
@@ -200,22 +216,11 @@ def open_artifact(url: str | Path, kind: str | None = None) -> Artifact:
         ArtifactCorrupt: a file is absent or has another size (contents: ``Artifact.verify``).
     """
     filesystem, root = locate(url)
-    try:
-        manifest = json.loads(filesystem.cat_file(f"{root}/{MANIFEST}"))
-    except FileNotFoundError:
-        raise ArtifactMissing(
-            f"no finished artifact at {url}: there is no {MANIFEST}. Run the stage that makes it"
-        ) from None
-    except json.JSONDecodeError:
-        raise ArtifactMissing(
-            f"no finished artifact at {url}: its {MANIFEST} was cut off. Run the stage again"
-        ) from None
-    files = tuple(FileEntry(**entry) for entry in manifest.pop("files"))
-    artifact = Artifact(url=str(url), files=files, **manifest)
+    artifact = _read_manifest(filesystem, root, url)
     if kind is not None and artifact.kind != kind:
         raise ArtifactMismatch(f"{url} holds a {artifact.kind!r} artifact, expected {kind!r}: check the path")
     sizes = _sizes(filesystem, root)
-    for entry in files:
+    for entry in artifact.files:
         if sizes.get(entry.path) != entry.size:
             raise ArtifactCorrupt(
                 f"{url}/{entry.path} should have {entry.size} bytes, found {sizes.get(entry.path, 'no file')}. "
@@ -271,22 +276,22 @@ def writing(
         found = open_artifact(url)
     except ArtifactMissing:
         found = None
+    filesystem, root = locate(url)
     if found is not None:
         _require_same(found, kind, identity, digests)
+        if filesystem.exists(f"{root}/{MARKER}"):  # its writer was killed one step before the end
+            filesystem.rm_file(f"{root}/{MARKER}")
         yield None
         return
 
-    filesystem, root = locate(url)
     discard(url)
     local = is_local(filesystem)
     if local:
         Path(root).mkdir(parents=True, exist_ok=True)
-    filesystem.pipe_file(
-        f"{root}/{MARKER}", b"palate is writing this folder; without manifest.json it is not finished\n"
-    )
+    _write(filesystem, root, MARKER, _MARKER_TEXT)
     fault_hook("before data")
     with tempfile.TemporaryDirectory(prefix="palate-") as temporary:
-        writer = Writer(url=str(url), folder=Path(root if local else temporary))
+        writer = Writer(url=_absolute(url), folder=Path(root if local else temporary))
         yield writer
         fault_hook("after data")
         entries = _publish(writer.folder, filesystem, root, local)
@@ -301,7 +306,7 @@ def writing(
         "code_version": code_version(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    _write_last(filesystem, f"{root}/{MANIFEST}", json.dumps(manifest, indent=1, sort_keys=True).encode(), local)
+    _write(filesystem, root, MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
     fault_hook("after manifest")
     filesystem.rm_file(f"{root}/{MARKER}")
 
@@ -310,28 +315,35 @@ def discard(url: str | Path) -> None:
     """Remove an artifact, finished or not: the manifest first, so that no reader sees a part of it.
 
     Raises:
-        ArtifactMismatch: the folder holds files that no artifact writer put there.
+        ArtifactMismatch: the folder holds files that no artifact writer put there; nothing has been deleted.
     """
     filesystem, root = locate(url)
     present = _sizes(filesystem, root)
     if not present:
         return
-    if MANIFEST not in present and MARKER not in present:
+    try:
+        named = {entry.path for entry in _read_manifest(filesystem, root, url).files} | {MANIFEST, MARKER}
+    except ArtifactMissing:
+        named = set(present) if MARKER in present else set()
+    if foreign := sorted(present.keys() - named):
         raise ArtifactMismatch(
-            f"{url} holds files that Palate did not write (such as {min(present)!r}): choose an empty or new folder"
+            f"{url} holds files that Palate did not write (such as {foreign[0]!r}): "
+            "move them away, or choose an empty or new folder"
         )
     if MARKER not in present:
         # Whoever is killed between here and the end leaves a folder that is still known to be ours.
-        filesystem.pipe_file(f"{root}/{MARKER}", b"")
+        _write(filesystem, root, MARKER, _MARKER_TEXT)
     if MANIFEST in present:
         filesystem.rm_file(f"{root}/{MANIFEST}")
+        _make_durable(filesystem, root)
     for path in sorted(present.keys() - {MANIFEST, MARKER}):
         filesystem.rm_file(f"{root}/{path}")
-    filesystem.rm_file(f"{root}/{MARKER}")
     if is_local(filesystem):
         for folder, _, _ in os.walk(root, topdown=False):
             if folder != root:
                 Path(folder).rmdir()
+        _make_durable(filesystem, root)
+    filesystem.rm_file(f"{root}/{MARKER}")
 
 
 def file_entry(file: Path, path: str) -> FileEntry:
@@ -344,7 +356,7 @@ def file_entry(file: Path, path: str) -> FileEntry:
 def code_version() -> str:
     """The package's version, and the commit when it runs from a git checkout."""
     checkout = Path(__file__).resolve().parents[2]
-    if not (checkout / ".git").exists():
+    if not (checkout / ".git").exists() or shutil.which("git") is None:
         return __version__
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
     described = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -379,31 +391,56 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
+def _read_manifest(filesystem: Any, root: str, url: str | Path) -> Artifact:
+    try:
+        content = filesystem.cat_file(f"{root}/{MANIFEST}")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArtifactMissing(
+            f"no finished artifact at {url}: there is no {MANIFEST}. Run the stage that makes it"
+        ) from None
+    try:
+        manifest = json.loads(content)
+        files = tuple(FileEntry(**entry) for entry in manifest.pop("files"))
+        return Artifact(url=_absolute(url), files=files, **manifest)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtifactMissing(
+            f"no finished artifact at {url}: its {MANIFEST} was cut off, or is not Palate's ({error}). "
+            "Run the stage again, or check the path"
+        ) from None
+
+
+def _absolute(url: str | Path) -> str:
+    """``url`` as it means the same in another working directory."""
+    filesystem, root = locate(url)
+    return root if is_local(filesystem) else str(url)
+
+
 def _sizes(filesystem: Any, root: str) -> dict[str, int]:
     """Size in bytes of every file below ``root``, by relative path."""
-    found = filesystem.find(root, detail=True) if filesystem.exists(root) else {}
-    prefix = f"{root.rstrip('/')}/"
+    prefix = f"{root}/"
+    # Consoles of object stores represent an empty folder by an empty object called "folder/".
+    found = {path: info for path, info in filesystem.find(root, detail=True).items() if not path.endswith("/")}
     return {path.removeprefix(prefix): info["size"] for path, info in found.items()}
 
 
 def _publish(folder: Path, filesystem: Any, root: str, local: bool) -> list[FileEntry]:
     """Make every written file durable at its final place; returns their entries."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MARKER, MANIFEST))
+    if (folder / MANIFEST).exists():
+        raise ArtifactError(f"a stage wrote {MANIFEST} into {folder}: that name is the manifest's, choose another")
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MARKER)
     entries = [file_entry(file, file.relative_to(folder).as_posix()) for file in files]
     if local:
-        for path in {folder, *files, *(file.parent for file in files)}:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        for path in [*files, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+            _sync(path)
         return entries
     for file, entry in zip(files, entries, strict=True):
         filesystem.put_file(str(file), f"{root}/{entry.path}")
     written = {entry.path for entry in entries}
     others = _sizes(filesystem, root).keys() - written - {MARKER, MANIFEST}
-    return entries + [_remote_entry(filesystem, root, path) for path in sorted(others)]
+    return entries + [_read_entry(filesystem, root, path) for path in sorted(others)]
 
 
-def _remote_entry(filesystem: Any, root: str, path: str) -> FileEntry:
+def _read_entry(filesystem: Any, root: str, path: str) -> FileEntry:
     digest, size = hashlib.sha256(), 0
     with filesystem.open(f"{root}/{path}", "rb") as stream:
         while chunk := stream.read(1 << 20):
@@ -412,11 +449,23 @@ def _remote_entry(filesystem: Any, root: str, path: str) -> FileEntry:
     return FileEntry(path, size, digest.hexdigest())
 
 
-def _write_last(filesystem: Any, path: str, content: bytes, local: bool) -> None:
-    if not local:
-        filesystem.pipe_file(path, content)
-        return
-    with open(path, "wb") as stream:  # noqa: PTH123
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
+def _write(filesystem: Any, root: str, name: str, content: bytes) -> None:
+    """Write a file directly in the artifact's folder; it is durable, and so is all before it, when this returns."""
+    filesystem.pipe_file(f"{root}/{name}", content)
+    if is_local(filesystem):
+        _sync(Path(root) / name)
+    _make_durable(filesystem, root)
+
+
+def _make_durable(filesystem: Any, root: str) -> None:
+    """On a local disk, put what was created and removed in the folder on the disk. Object stores do by themselves."""
+    if is_local(filesystem):
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -5,7 +5,8 @@ logging). Only identity fields decide whether a finished artifact can be used ag
 """
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pydantic
@@ -32,16 +33,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The identity fields only, nested configs included, as JSON values."""
-    if not dataclasses.is_dataclass(config):
-        return dict(config)
+    """The identity fields only, those of nested configs included, as JSON values."""
     values = to_dict(config)
-    for field in dataclasses.fields(config):
-        if field.metadata.get("role") == "scale":
-            del values[field.name]
-        elif dataclasses.is_dataclass(nested := getattr(config, field.name)):
-            values[field.name] = identity(nested)
-    return values
+    return _without_scale(config, values) if dataclasses.is_dataclass(config) else values
 
 
 def from_dict(config_type: type[T], values: dict[str, Any]) -> T:
@@ -50,7 +44,37 @@ def from_dict(config_type: type[T], values: dict[str, Any]) -> T:
     Raises:
         ValueError: a field is unknown or has another type; the message names it.
     """
-    known = {field.name for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
-    if unknown := sorted(values.keys() - known):
-        raise ValueError(f"{config_type.__name__} has no field {unknown[0]!r}; it has {sorted(known)}")
-    return pydantic.TypeAdapter(config_type).validate_python(values)
+    # JSON's strictness, so that 1.5 or "3" is no integer but a list is a tuple.
+    config = pydantic.TypeAdapter(config_type).validate_json(json.dumps(values), strict=True)
+    for name, known in _unknown(values, to_dict(config)):
+        raise ValueError(f"{config_type.__name__} has no field {name!r}; it has {known}")
+    return config
+
+
+def _without_scale(value: Any, dumped: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {
+            field.name: _without_scale(getattr(value, field.name), dumped[field.name])
+            for field in dataclasses.fields(value)
+            if field.metadata.get("role") != "scale"
+        }
+    if isinstance(value, list | tuple):
+        return [_without_scale(*pair) for pair in zip(value, dumped, strict=True)]
+    if isinstance(value, Mapping):
+        return {key: _without_scale(*pair) for key, *pair in zip(dumped, value.values(), dumped.values(), strict=True)}
+    if isinstance(value, set | frozenset):
+        return sorted(dumped, key=json.dumps)  # their order differs from process to process
+    return dumped
+
+
+def _unknown(given: Any, kept: Any, path: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Dotted names in ``given`` that the config does not have, each with those that it has there."""
+    if isinstance(given, dict) and isinstance(kept, dict):
+        for name, value in given.items():
+            if name not in kept:
+                yield f"{path}{name}", sorted(kept)
+            else:
+                yield from _unknown(value, kept[name], f"{path}{name}.")
+    elif isinstance(given, list) and isinstance(kept, list):
+        for pair in zip(given, kept, strict=True):
+            yield from _unknown(*pair, path)
