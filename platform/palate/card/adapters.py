@@ -19,6 +19,8 @@ from torch import Tensor, nn
 ATTENTION = ("q_proj", "v_proj")
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BASE = -1  # the adapter index of a row that runs on the bare base model
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # the first called first
+MASKED_UP_TO = 128  # K·r; measured by benchmarks/packed_lora.py
 
 
 @dataclass(frozen=True)
@@ -30,17 +32,30 @@ class LoraConfig:
     targets: tuple[str, ...] = ALL_LINEAR
 
 
+@dataclass(frozen=True)
+class RowsInUse:
+    """The adapters of a batch in the two forms that products need.
+
+    ``mask_BR`` (B, K·r) holds the scale of the row's adapter in its columns, else 0. ``index_B`` and ``scale_B`` are
+    each row's adapter and its scale: 0 and 0 for a base row.
+    """
+
+    mask_BR: Tensor
+    index_B: Tensor
+    scale_B: Tensor
+
+
 class RowMask:
     """Which adapter each row of the running batch uses; one object shared by all packed layers of a model."""
 
     def __init__(self, count: int, rank: int, scalings_K: Tensor) -> None:
         self.count, self.rank, self.scalings_K = count, rank, scalings_K
-        self.mask_BR: Tensor | None = None  # None: no row uses an adapter
+        self.in_use: RowsInUse | None = None  # None: no row uses an adapter
 
     def set(self, adapter_index_B: Tensor | None) -> None:
         """Assign adapters to rows: shape (B,), values 0..K-1, or -1 for the bare base model."""
         if adapter_index_B is None or bool((adapter_index_B == BASE).all()):
-            self.mask_BR = None
+            self.in_use = None
             return
         if int(adapter_index_B.max()) >= self.count or int(adapter_index_B.min()) < BASE:
             raise ValueError(
@@ -49,7 +64,11 @@ class RowMask:
             )
         scalings_K = self.scalings_K.to(adapter_index_B.device)
         one_hot_BK = (adapter_index_B[:, None] == torch.arange(self.count, device=adapter_index_B.device)) * scalings_K
-        self.mask_BR = one_hot_BK.repeat_interleave(self.rank, dim=1)
+        self.in_use = RowsInUse(
+            mask_BR=one_hot_BK.repeat_interleave(self.rank, dim=1),
+            index_B=adapter_index_B.clamp(min=0),
+            scale_B=one_hot_BK.sum(dim=1),
+        )
 
 
 class PackedLinear(nn.Module):
@@ -66,25 +85,78 @@ class PackedLinear(nn.Module):
             ((torch.rand(d_in, rank, generator=generator) * 2 - 1) * bound).to(where) for _ in range(rows.count)
         )
         self.B = nn.ParameterList(torch.zeros(rank, d_out, device=where) for _ in range(rows.count))
-        self._packed: tuple[Tensor, Tensor] | None = None
+        self.readers = Readers([self])
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        mask_BR = self.rows.mask_BR
-        if mask_BR is None:
+        in_use = self.rows.in_use
+        if in_use is None:
             return y
-        A_cat, B_cat = self.packed()
+        if not torch.is_grad_enabled():
+            return self.readers.add_update(y, x, self, in_use)
+        mask_BR = in_use.mask_BR
+        A_cat, B_cat = torch.cat(list(self.A), dim=1), torch.cat(list(self.B), dim=0)
         mask = mask_BR.to(A_cat.dtype).view(mask_BR.shape[0], *([1] * (x.dim() - 2)), -1)
         return y + (((x.to(A_cat.dtype) @ A_cat) * mask) @ B_cat).to(y.dtype)
 
-    def packed(self) -> tuple[Tensor, Tensor]:
-        """A_cat (d_in, K·r) and B_cat (K·r, d_out); kept between forward passes when nothing is being trained."""
-        if torch.is_grad_enabled() and self.A[0].requires_grad:
-            self._packed = None
-            return torch.cat(list(self.A), dim=1), torch.cat(list(self.B), dim=0)
-        if self._packed is None:
-            self._packed = (torch.cat(list(self.A), dim=1).detach(), torch.cat(list(self.B), dim=0).detach())
-        return self._packed
+
+class Readers:
+    """Packed layers that read the same tensor, as q, k and v do: without gradients they share one product with A.
+
+    The product is kept from the first of them to the last. Up to K·r = ``MASKED_UP_TO`` all adapters are multiplied
+    and the row mask chooses; above, each row is multiplied with its own adapter's factors only.
+    """
+
+    def __init__(self, layers: list[PackedLinear]) -> None:
+        self.layers, self.rows = layers, layers[0].rows
+        self.masked = self.rows.count * self.rows.rank <= MASKED_UP_TO
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what is kept between calls: frozen parameters have changed."""
+        self._factors: tuple[Tensor, list[Tensor]] | None = None
+        self._versions: list[int] = []
+        self._made_for: tuple[Tensor, Tensor] | None = None
+        self._products: list[Tensor] = []
+
+    def add_update(self, y: Tensor, x: Tensor, layer: PackedLinear, rows: "RowsInUse") -> Tensor:
+        """``y`` (B, ..., d_out) plus the update of each row's adapter to x (B, ..., d_in); may write into ``y``."""
+        A, Bs = self._current_factors()
+        if self._made_for is None or self._made_for[0] is not x or self._made_for[1] is not rows.index_B:
+            self._made_for, self._products = (x, rows.index_B), self._multiply(x.to(A.dtype), A, rows)
+        which = self.layers.index(layer)
+        product, B = self._products[which], Bs[which]
+        if which == len(self.layers) - 1:
+            self._made_for, self._products = None, []
+        total = y.to(B.dtype)
+        if self.masked:
+            total.view(-1, B.shape[-1]).addmm_(product, B)
+        else:
+            total.view(len(product), -1, B.shape[-1]).baddbmm_(product, B[rows.index_B])
+        return total.to(y.dtype)
+
+    def _multiply(self, x: Tensor, A: Tensor, rows: "RowsInUse") -> list[Tensor]:
+        """One scaled product with A a layer: (tokens, K·r) masked, or (B, T, r) with the row's own adapter."""
+        x_BTd, shape = x.reshape(x.shape[0], -1, x.shape[-1]), (len(self.layers), -1)
+        if self.masked:
+            products = (x_BTd @ A).unflatten(2, shape) * rows.mask_BR.to(A.dtype)[:, None, None]
+            return list(products.flatten(0, 1).unbind(1))
+        products = torch.bmm(x_BTd, A[rows.index_B]) * rows.scale_B.to(A.dtype)[:, None, None]
+        return list(products.unflatten(2, shape).unbind(2))
+
+    def _current_factors(self) -> tuple[Tensor, list[Tensor]]:
+        """The layers' A side by side, and each layer's B; built again after a parameter in training has changed."""
+        versions = [p._version for layer in self.layers for p in (*layer.A, *layer.B) if p.requires_grad]
+        if self._factors is None or versions != self._versions:
+            self._versions = versions
+            if self.masked:  # (d_in, layers·K·r), (K·r, d_out)
+                A = torch.cat([a for layer in self.layers for a in layer.A], dim=1)
+                Bs = [torch.cat(list(layer.B)) for layer in self.layers]
+            else:  # (K, d_in, layers·r), (K, r, d_out)
+                A = torch.cat([torch.stack(list(layer.A)) for layer in self.layers], dim=2)
+                Bs = [torch.stack(list(layer.B)) for layer in self.layers]
+            self._factors = A.detach(), [B.detach() for B in Bs]
+        return self._factors
 
 
 def pack(model: nn.Module, count: int, config: LoraConfig, seed: int = 0) -> RowMask:
@@ -110,6 +182,13 @@ def pack(model: nn.Module, count: int, config: LoraConfig, seed: int = 0) -> Row
         owner = model.get_submodule(parent)
         layer = getattr(owner, leaf)
         setattr(owner, leaf, PackedLinear(layer, rows, generator))
+    for module in model.modules():
+        for names in SAME_INPUT:
+            layers = [layer for name in names if isinstance(layer := getattr(module, name, None), PackedLinear)]
+            if len({layer.base.in_features for layer in layers}) == 1:
+                readers = Readers(layers)
+                for layer in layers:
+                    layer.readers = readers
     return rows
 
 
@@ -190,7 +269,7 @@ def import_adapter(model: nn.Module, rows: RowMask, cluster: int, folder: Path) 
                     )
                 A[:, :rank] = a.to(A)
                 B[:rank] = b.to(B)
-            layer._packed = None
+            layer.readers.forget()
     divisor = math.sqrt(rank) if description.get("use_rslora") else rank
     rows.scalings_K[cluster] = description["lora_alpha"] / divisor
 
