@@ -5,6 +5,11 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# Examples are the same on every run, so that a red test means a change; shared machines are no place for deadlines.
+settings.register_profile("palate", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("palate")
 
 # Before anything imports transformers: tests load what is installed, or nothing.
 os.environ["HF_HUB_OFFLINE"] = "1"

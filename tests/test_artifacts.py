@@ -354,7 +354,7 @@ def test_killed_at_random_moments_on_object_storage(s3_url):
 # Properties
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.dictionaries(
         st.text("abc/", min_size=1, max_size=8).filter(lambda path: not path.startswith("/") and "//" not in path),

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+SECONDS_BETWEEN_LINES = 10.0  # in a log
+
 T = TypeVar("T")
 
 
@@ -22,17 +24,24 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
 @contextmanager
 def meter(label: str, total: int | None = None, unit: str = "it") -> Iterator["tqdm[None]"]:
     """A bar to ``update(n)`` and ``set_postfix(loss=…)`` by hand."""
-    terminal = sys.stderr.isatty()
-    with tqdm(
-        total=total,
-        desc=label,
-        unit=unit,
-        mininterval=0.2 if terminal else 10.0,
-        delay=0.0 if terminal else 10.0,
-        dynamic_ncols=terminal,
-        ascii=not terminal,
-        smoothing=0.1,
-    ) as bar:
+    if sys.stderr.isatty():
+        bar = tqdm(total=total, desc=label, unit=unit, mininterval=0.2, dynamic_ncols=True, smoothing=0.1)
+    else:
+        seconds = SECONDS_BETWEEN_LINES
+        bar = tqdm(
+            total=total,
+            desc=label,
+            unit=unit,
+            file=_Lines(),
+            mininterval=seconds,
+            maxinterval=seconds,
+            delay=seconds,
+            position=0,
+            ncols=100,
+            ascii=True,
+            smoothing=0.1,
+        )
+    with bar:
         yield bar
 
 
@@ -43,6 +52,17 @@ def stage(name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     print(f"== {name}: {time.perf_counter() - start:.1f} s", flush=True)
+
+
+class _Lines:
+    """Standard error as a log: what a terminal would redraw in place becomes a line of its own."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def _length(items: Iterable[T]) -> int | None:
