@@ -4,29 +4,36 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
 
-import tyro
+from tyro.conf import subcommand
 
 from palate import config as configs
 from palate.artifacts import Artifact, ArtifactError
-from palate.corpora import jsonl, lamp
-from palate.corpora.preparation import PrepareConfig, Recipe, prepare
+from palate.corpora import git, jsonl, lamp, longlamp
+from palate.corpora.preparation import PrepareConfig, Recipe, prepare, run_local
 from palate.corpora.streams import CorpusError
 from palate.corpora.worlds import personas
 
 Command = (
-    Annotated[lamp.LampConfig, tyro.conf.subcommand("lamp")]
-    | Annotated[jsonl.JsonlConfig, tyro.conf.subcommand("jsonl")]
-    | Annotated[personas.PersonasConfig, tyro.conf.subcommand("personas")]
+    Annotated[lamp.LampConfig, subcommand("lamp")]
+    | Annotated[longlamp.LongLampConfig, subcommand("longlamp")]
+    | Annotated[jsonl.JsonlConfig, subcommand("jsonl")]
+    | Annotated[git.GitConfig, subcommand("git")]
+    | Annotated[personas.PersonasConfig, subcommand("personas")]
 )
 
 
 def from_records(recipe: Callable[[Any], Recipe], config: PrepareConfig) -> Artifact:
-    return prepare(recipe(config), config)
+    runner = run_local
+    if config.launcher == "ray":
+        from palate.distributed.prepare import run_with_ray as runner
+    return prepare(recipe(config), config, runner)
 
 
 MAKE: dict[type, Callable[[Any], Artifact]] = {
     lamp.LampConfig: partial(from_records, lamp.recipe),
+    longlamp.LongLampConfig: partial(from_records, longlamp.recipe),
     jsonl.JsonlConfig: partial(from_records, jsonl.recipe),
+    git.GitConfig: partial(from_records, git.recipe),
     personas.PersonasConfig: personas.prepare,
 }
 
@@ -37,7 +44,9 @@ def main() -> None:
         corpus = MAKE[type(config)](config)
     except (CorpusError, ArtifactError) as error:
         raise SystemExit(f"prepare: {error}") from None
-    print(f"{corpus.url}: {corpus.summary}")
+    print(f"{corpus.url}:")
+    for name, value in corpus.summary.items():
+        print(f"  {name}: {value}")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-
 from palate.config import scale
 from palate.corpora.preparation import (
     ROW_BITS,
-    CorpusError,
+    Chunk,
     PrepareConfig,
     Recipe,
     Rules,
@@ -23,7 +21,7 @@ from palate.corpora.preparation import (
     unusable,
 )
 from palate.corpora.schema import Task
-from palate.corpora.streams import json_lines, sha256_of
+from palate.corpora.streams import CorpusError, json_lines, sha256_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +50,7 @@ def recipe(config: JsonlConfig) -> Recipe:
     )
 
 
-def read(unit: tuple[int, str]) -> Iterator[pa.Table]:
+def read(unit: tuple[int, str]) -> Iterator[Chunk]:
     """The entries of one file, in chunks."""
     index, path = unit
     positioned = enumerate(json_lines(path), start=index << ROW_BITS)

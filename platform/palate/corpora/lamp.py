@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
-
 from palate.config import scale
 from palate.corpora.preparation import (
     QUESTION,
     ROW_BITS,
+    Chunk,
     PrepareConfig,
     Recipe,
     Rules,
@@ -210,7 +209,7 @@ def read_golds(paths: Iterable[str], task: LampTask) -> dict[str, str]:
     return golds
 
 
-def read(unit: tuple[int, str], *, task: LampTask, golds: Mapping[str, str]) -> Iterator[pa.Table]:
+def read(unit: tuple[int, str], *, task: LampTask, golds: Mapping[str, str]) -> Iterator[Chunk]:
     """The entries of one question file, in chunks."""
     index, path = unit
     _check_wrapper(path, task, "--questions")

@@ -1,6 +1,6 @@
 """From raw records to a text corpus, in steps that a plain loop or Ray Data may run with the same result.
 
-A reader (lamp, longlamp, git, jsonl) turns a *unit* of input, usually a file, into tables of ``ENTRIES``. Then:
+A reader (lamp, longlamp, git, jsonl) turns a *unit* of input, usually a file, into chunks of ``ENTRIES``. Then:
 
     read     unit -> its entries, as Parquet                            a task a unit
     link     rows that carry no user id -> users                        the driver, over a few columns
@@ -67,6 +67,7 @@ class Rules:
     """What happens to the entries of one person.
 
     ``chronological``: the order is by date where all texts of the person have one, else by appearance.
+    ``max_texts``: the latest texts that are looked at; 0: all.
     ``hold_out``: the latest texts that become questions, where the data has no questions of its own.
     ``own_output``: an equal output alone makes an item the question's own text (tweets, long texts), not only an
     equal source.
@@ -75,9 +76,18 @@ class Rules:
     task: Task
     item_template: str = "{source}"
     chronological: bool = True
+    max_texts: int = 0
     hold_out: int = 0
     min_texts: int = 0
     own_output: bool = False
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of what a reader found: a table of ``ENTRIES``, and what was left out on purpose since the last chunk."""
+
+    entries: pa.Table
+    counts: Counter[str]
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ class Recipe:
     rules: Rules
     units: Sequence[Any]
     names: Sequence[str]  # of the units, for messages and the quarantine file
-    read: Callable[[Any], Iterator[pa.Table]]
+    read: Callable[[Any], Iterator[Chunk]]
     inputs: Mapping[str, str]
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -123,22 +133,39 @@ def entry(row: int, place: int, identity: str, source: str, **fields: Any) -> di
 
 def unusable(row: int, place: int, identity: Any, reason: str, found: Any) -> dict[str, Any]:
     """The entry of a record that cannot be used: why, and what it looked like."""
-    excerpt = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False, default=str)
-    return entry(row, place, str(identity if identity is not None else ""), excerpt[:EXCERPT], reason=reason)
+    if isinstance(found, dict):
+        # Fields are cut before they are joined: a record may be hundreds of megabytes.
+        shown = (f"{name}: {value[:60] if isinstance(value, str) else _brief(value)}" for name, value in found.items())
+        found = ", ".join(itertools.islice(shown, 10))
+    text = found[:EXCERPT] if isinstance(found, str) else _brief(found)
+    return entry(row, place, text_of(identity), text_of(text), reason=reason)
 
 
-def chunked(entries: Iterable[dict[str, Any]]) -> Iterator[pa.Table]:
-    """Tables of ``ENTRIES`` of about ``CHUNK_CHARACTERS`` each."""
-    chunk: list[dict[str, Any]] = []
+def _brief(value: Any) -> str:
+    return str(value) if isinstance(value, (int, float, type(None))) else type(value).__name__
+
+
+def chunked(entries: Iterable[dict[str, Any]], counts: Counter[str] | None = None) -> Iterator[Chunk]:
+    """Chunks of about ``CHUNK_CHARACTERS``; ``counts`` may be added to while ``entries`` are drawn."""
+    counts = Counter() if counts is None else counts
+    gathered: list[dict[str, Any]] = []
     size = 0
+
+    def chunk() -> Chunk:
+        table = pa.Table.from_pylist(gathered, schema=ENTRIES)
+        found = Counter(counts)
+        gathered.clear()
+        counts.clear()
+        return Chunk(table, found)
+
     for one in entries:
-        chunk.append(one)
+        gathered.append(one)
         size += 100 + len(one["source"]) + len(one["input"] or "") + len(one["output"] or "")
         if size >= CHUNK_CHARACTERS:
-            yield pa.Table.from_pylist(chunk, schema=ENTRIES)
-            chunk, size = [], 0
-    if chunk:
-        yield pa.Table.from_pylist(chunk, schema=ENTRIES)
+            yield chunk()
+            size = 0
+    if gathered or counts:
+        yield chunk()
 
 
 def link_of(*parts: str) -> int:
@@ -170,15 +197,21 @@ def recover_users(rows: NDArray[np.int64], links: NDArray[np.int64]) -> dict[int
         return {}
     row_values, row_index = np.unique(rows, return_inverse=True)
     link_values, link_index = np.unique(links, return_inverse=True)
-    size = len(row_values) + len(link_values)
-    graph = coo_array((np.ones(len(rows), dtype=bool), (row_index, len(row_values) + link_index)), shape=(size, size))
-    components = connected_components(graph, directed=False)[1]
+    edges = np.stack([row_index, len(row_values) + link_index], axis=1)
+    components = connected(len(row_values) + len(link_values), edges)
     smallest = np.full(components.max() + 1, np.iinfo(np.int64).max)
     np.minimum.at(smallest, components[len(row_values) :], link_values)
     return {
         int(row): hashlib.sha256(f"palate recovered user {smallest[component]}".encode()).hexdigest()[:16]
         for row, component in zip(row_values, components, strict=False)
     }
+
+
+def connected(size: int, edges: Any) -> NDArray[np.int32]:
+    """(size,) the component of each of ``size`` nodes; ``edges`` are pairs of nodes, (E, 2)."""
+    pairs = np.asarray(edges, dtype=np.int64).reshape(-1, 2)
+    graph = coo_array((np.ones(len(pairs), dtype=bool), (pairs[:, 0], pairs[:, 1])), shape=(size, size))
+    return connected_components(graph, directed=False)[1]
 
 
 def bucket_of(user_id: str, buckets: int) -> int:
@@ -234,6 +267,9 @@ def _finish_user(
         return
     if rules.chronological and all(one["date"] and date_key(one["date"]) for one in texts):
         texts.sort(key=lambda one: (date_key(one["date"]), one["row"], one["place"]))
+    if rules.max_texts and len(texts) > rules.max_texts:
+        counts["texts_over_max_texts"] += len(texts) - rules.max_texts
+        texts = texts[-rules.max_texts :]
     asked = [one for one in entries if one["place"] == QUESTION]
     if rules.hold_out:
         kept = max(1, len(texts) - rules.hold_out)
@@ -381,6 +417,7 @@ class _Preparation:
         summaries = self.runner(Step("read", read, indices))
         records = sum(summary["records"] for summary in summaries)
         reasons = sum((Counter(summary["reasons"]) for summary in summaries), Counter[str]())
+        left_out = sum((Counter(summary["counts"]) for summary in summaries), Counter[str]())
         quarantined = sum(reasons.values())
         if quarantined > config.max_quarantined * records:
             raise CorpusError(
@@ -388,7 +425,7 @@ class _Preparation:
                 f"{config.max_quarantined:g}: {_most_common(reasons)}. Check the file, or raise the limit"
             )
         if records == quarantined:
-            raise CorpusError(f"{', '.join(recipe.names[:3])}: found no usable record")
+            raise CorpusError(f"{', '.join(recipe.names[:3])}: found no usable record; left out: {dict(left_out)}")
         users = _link(self.work, recipe)
         assign = partial(_assign_unit, users=users, work=self.work, identity=self.identity, buckets=config.buckets)
         written = self.runner(Step("assign", assign, indices))
@@ -404,6 +441,7 @@ class _Preparation:
         report = {
             **dict.fromkeys(COUNTS, 0),
             **recipe.counts,
+            **left_out,
             **counts,
             "records": records,
             "quarantined": quarantined,
@@ -424,6 +462,7 @@ COUNTS = (
     "users_without_items",
     "users_below_min_texts",
     "texts_of_dropped_users",
+    "texts_over_max_texts",
     "duplicate_items",
     "item_ids_used_again",
     "leaked_items_same_id",
@@ -442,18 +481,19 @@ def _read_unit(index: int, *, recipe: Recipe, work: str, identity: dict[str, Any
     """Read one unit into ``work/read``; gives the number of records and of unusable ones by reason."""
 
     def produce(writer: artifacts.Writer) -> None:
-        records, reasons = 0, Counter[str]()
+        records, reasons, counts = 0, Counter[str](), Counter[str]()
         with pq.ParquetWriter(writer.folder / "entries.parquet", ENTRIES, compression="zstd") as file:
-            for table in recipe.read(recipe.units[index]):
-                records += table.num_rows
-                reasons.update(reason for reason in table["reason"].to_pylist() if reason)
+            for chunk in recipe.read(recipe.units[index]):
+                records += chunk.entries.num_rows
+                reasons.update(reason for reason in chunk.entries["reason"].to_pylist() if reason)
+                counts.update(chunk.counts)
                 if sum(reasons.values()) > max(100, records / 2):
                     raise CorpusError(
                         f"{recipe.names[index]}: most of the first {records} records cannot be used "
                         f"({_most_common(reasons)}): check that the file and the command belong together"
                     )
-                file.write_table(table)
-        writer.summary.update(records=records, reasons=dict(reasons))
+                file.write_table(chunk.entries)
+        writer.summary.update(records=records, reasons=dict(reasons), counts=dict(counts))
 
     config = {**identity, "unit": recipe.names[index]}
     return _made(_unit_url(work, "read", index), produce, config)
