@@ -255,6 +255,22 @@ def ensure(
     return open_artifact(url, kind)
 
 
+def finished(
+    url: str | Path, *, kind: str, config: Any, inputs: Mapping[str, Artifact] | None = None
+) -> Artifact | None:
+    """The artifact at ``url`` if it is there and was made from this config and these inputs; None if it is not there.
+
+    Raises:
+        ArtifactMismatch: something else is there; the message names the field or the input that differs.
+    """
+    try:
+        found = open_artifact(url)
+    except ArtifactMissing:
+        return None
+    _require_same(found, kind, configs.identity(config), _digests(inputs))
+    return found
+
+
 @contextmanager
 def writing(
     url: str | Path,
@@ -268,17 +284,10 @@ def writing(
 
     An exception inside the context leaves the folder unfinished, to be cleaned by the next writer.
     """
-    identity = configs.identity(config)
-    digests = {role: artifact.digest for role, artifact in (inputs or {}).items()}
     if fresh:
         discard(url)
-    try:
-        found = open_artifact(url)
-    except ArtifactMissing:
-        found = None
     filesystem, root = locate(url)
-    if found is not None:
-        _require_same(found, kind, identity, digests)
+    if finished(url, kind=kind, config=config, inputs=inputs) is not None:
         if filesystem.exists(f"{root}/{MARKER}"):  # its writer was killed one step before the end
             filesystem.rm_file(f"{root}/{MARKER}")
         yield None
@@ -299,8 +308,8 @@ def writing(
     manifest = {
         "kind": kind,
         "config": configs.to_dict(config),
-        "identity": identity,
-        "inputs": digests,
+        "identity": configs.identity(config),
+        "inputs": _digests(inputs),
         "files": [asdict(entry) for entry in entries],
         "summary": writer.summary,
         "code_version": code_version(),
@@ -361,6 +370,10 @@ def code_version() -> str:
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
     described = subprocess.run(command, capture_output=True, text=True, check=False)
     return f"{__version__}+{described.stdout.strip()}" if described.returncode == 0 else __version__
+
+
+def _digests(inputs: Mapping[str, Artifact] | None) -> dict[str, str]:
+    return {role: artifact.digest for role, artifact in (inputs or {}).items()}
 
 
 def _require_same(found: Artifact, kind: str, identity: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
