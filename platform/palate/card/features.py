@@ -60,7 +60,7 @@ def extract(
         for batch in _batches(texts):
             found = _forward(loaded, rows, features, [texts[index] for index in batch], top_k)
             for index, positions in zip(batch, found, strict=True):
-                parts[index] = _renumbered(positions, first_text[index])
+                parts[index] = renumbered(positions, first_text[index])
             bar.update(len(batch))
     return concatenate([parts[index] for index in range(len(texts))])
 
@@ -106,6 +106,12 @@ def fit_whitening(features_Nd: Tensor, shrinkage: float = 0.01) -> tuple[Tensor,
 def concatenate(parts: Sequence[Positions]) -> Positions:
     """One ``Positions`` of several whose texts are numbered already."""
     return Positions(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Positions)))
+
+
+def renumbered(positions: Positions, first: int) -> Positions:
+    """The same positions, their texts counted from ``first``."""
+    values = {field.name: getattr(positions, field.name) for field in fields(Positions)}
+    return Positions(**{**values, "text_N": positions.text_N + first})
 
 
 def save_positions(positions: Positions, file: Path) -> None:
@@ -216,8 +222,3 @@ def _mask(branch_BT: Tensor) -> Tensor:
     causal_TT = torch.ones(branch_BT.shape[1], branch_BT.shape[1], dtype=torch.bool).tril()
     same_BTT = branch_BT[:, :, None] == branch_BT[:, None, :]
     return causal_TT & (same_BTT | (branch_BT == -1)[:, None, :])
-
-
-def _renumbered(positions: Positions, first: int) -> Positions:
-    values = {field.name: getattr(positions, field.name) for field in fields(Positions)}
-    return Positions(**{**values, "text_N": positions.text_N + first})
