@@ -7,6 +7,7 @@ logging). Only identity fields decide whether a finished artifact can be used ag
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import pydantic
@@ -29,7 +30,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     """All fields, as JSON values. A plain mapping passes through."""
     if not dataclasses.is_dataclass(config):
         return dict(config)
-    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+    return _adapter(type(config)).dump_python(config, mode="json")
 
 
 def identity(config: Any) -> dict[str, Any]:
@@ -45,10 +46,15 @@ def from_dict(config_type: type[T], values: dict[str, Any]) -> T:
         ValueError: a field is unknown or has another type; the message names it.
     """
     # JSON's strictness, so that 1.5 or "3" is no integer but a list is a tuple.
-    config = pydantic.TypeAdapter(config_type).validate_json(json.dumps(values), strict=True)
+    config = _adapter(config_type).validate_json(json.dumps(values), strict=True)
     for name, known in _unknown(values, to_dict(config)):
         raise ValueError(f"{config_type.__name__} has no field {name!r}; it has {known}")
     return config
+
+
+@cache
+def _adapter(config_type: type) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(config_type)
 
 
 def _without_scale(value: Any, dumped: Any) -> Any:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -67,23 +68,25 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, device: str
     """
     if name == "tiny":
         return wrap(_tiny_model().to(dtype).to(device), _tiny_tokenizer(), name)
-    if name == "smollm2":
-        source = str(_converted(_smollm2_file()))
-    elif name.endswith(".gguf"):
-        if not Path(name).is_file():
+    folder = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not folder.is_file():
             raise ValueError(f"--model {name}: there is no such file; a model is {_NAMES}")
-        source = str(_converted(Path(name)))
-    else:
-        source = name
-        if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
-            raise ValueError(f"--model {name}: there is no such folder; a model is {_NAMES}")
-        if Path(name).expanduser().is_dir():
-            source = str(Path(name).expanduser())
+    elif (name.startswith((".", "/", "~")) or name.count("/") > 1) and not folder.is_dir():
+        raise ValueError(f"--model {name}: there is no such folder; a model is {_NAMES}")
+    gguf_file = _smollm2_file() if name == "smollm2" else folder if name.endswith(".gguf") else None
     try:
+        source = str(_converted(gguf_file) if gguf_file else folder if folder.is_dir() else name)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except OSError as error:
+        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"--model {name} cannot be loaded: {error}\nA model is {_NAMES}") from error
+    if report["missing_keys"]:
+        # transformers would go on with random weights in their place.
+        raise ValueError(
+            f"--model {name} lacks {len(report['missing_keys'])} weights of a {type(model).__name__}, such as "
+            f"{min(report['missing_keys'])}: it is incomplete, or no causal language model"
+        )
     return wrap(model.to(device), tokenizer, name)
 
 
