@@ -99,6 +99,16 @@ def test_replies_that_name_nobody_are_counted_and_left_out(serve: Callable[..., 
     assert "2 named nobody" in found.note
 
 
+def test_judgements_survive_json(serve: Callable[..., Server]) -> None:
+    server = serve(lambda prompt: "A" if "about 3" not in prompt else "nobody")
+    found = judge.compare(judge.Judge(server.url, "m"), QUESTIONS, FIRST, SECOND, EXAMPLES)
+    again = judge.Judgement.from_json(json.loads(json.dumps(found.to_json())))
+    assert again.note == found.note
+    assert again.scores.questions == found.scores.questions
+    assert again.scores.by_user() == found.scores.by_user()
+    assert again.scores.chance == 0.5
+
+
 def test_the_key_comes_from_the_environment(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(judge.API_KEY, "secret")
     server = serve(lambda prompt: "tie")

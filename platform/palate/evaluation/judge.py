@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import openai
@@ -66,6 +66,23 @@ class Judgement:
             f"judge: {self.asked} answers to {self.asked // 2} pairs, {self.unread} named nobody (their pairs are left "
             f"out), {self.swayed} verdicts changed with the order"
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, for ``from_json``."""
+        verdicts = zip(self.scores.questions, self.scores.users, self.scores.values.tolist(), strict=True)
+        return {
+            "verdicts": [list(row) for row in verdicts],
+            "asked": self.asked,
+            "unread": self.unread,
+            "swayed": self.swayed,
+        }
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "Judgement":
+        """What ``to_json`` gave."""
+        questions, users, points = (tuple(row[column] for row in values["verdicts"]) for column in range(3))
+        scores = Scores(questions, users, np.array(points, dtype=np.float64), chance=0.5)
+        return Judgement(scores, values["asked"], values["unread"], values["swayed"])
 
 
 def compare(
