@@ -4,12 +4,15 @@ The default embedding is stylometric: character n-grams and surface habits, on w
 hub encoder, mean-pooled, is the alternative (``palate.models.encoders``).
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 from sklearn.cluster import KMeans
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
@@ -28,6 +31,10 @@ FUNCTION_WORDS = (
 MARKS = (".", ",", "!", "?", ":", ";", "-", "(", "'", '"', "…", "...")
 ENDINGS = (".", "!", "?", "...")
 OUTLIER = 3.0  # standard deviations
+STABLE = 0.5  # the least mean adjusted Rand index of clusters that count as found
+
+STYLE_MAP = "style_map.safetensors"
+CENTROIDS = "centroids.safetensors"
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,49 @@ def cluster(embeddings: Mapping[str, np.ndarray], clusters: int | None, seed: in
     return Clustering(centroids, dict(zip(people, assigned.tolist(), strict=True)), tuple(curve))
 
 
+def save_style_map(style_map: StyleMap, folder: Path) -> None:
+    """Write as safetensors."""
+    save_file({field.name: getattr(style_map, field.name) for field in fields(StyleMap)}, folder / STYLE_MAP)
+
+
+def load_style_map(file: Path) -> StyleMap:
+    """What ``save_style_map`` wrote."""
+    return StyleMap(**load_file(file))
+
+
+def save_clustering(clustering: Clustering, folder: Path) -> None:
+    """Write the centroids, and the curve where K was chosen, as data and as a plot."""
+    save_file({"centroids_KE": clustering.centroids_KE}, folder / CENTROIDS)
+    if clustering.curve:
+        (folder / "curve.json").write_text(json.dumps(clustering.curve, indent=2) + "\n")
+        plot_curve(clustering, folder / "curve.png")
+
+
+def load_centroids(file: Path) -> np.ndarray:
+    """The centroids (K, E) that ``save_clustering`` wrote."""
+    return load_file(file)["centroids_KE"]
+
+
+def plot_curve(clustering: Clustering, file: Path) -> None:
+    """Draw silhouette and stability against the number of clusters, the chosen one marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    counts = [row["clusters"] for row in clustering.curve]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(counts, [row["silhouette"] for row in clustering.curve], marker="o", label="silhouette")
+    axes.plot(counts, [row["stability"] for row in clustering.curve], marker="s", label="stability (adjusted Rand)")
+    axes.axvline(len(clustering.centroids_KE), color="0.6", linestyle="--", label="chosen")
+    axes.axhline(STABLE, color="0.85", linewidth=1)
+    axes.set(xlabel="clusters", ylabel="score", title="How many clusters of style")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
 def _choose(points: np.ndarray, candidates: range, seed: int) -> tuple[int, list[dict[str, float]]]:
     curve = []
     for count in candidates:
@@ -159,7 +209,7 @@ def _choose(points: np.ndarray, candidates: range, seed: int) -> tuple[int, list
             }
         )
     # Twice the same people should fall together: a K whose clusters change from half to half is not a finding.
-    stable = [row for row in curve if row["stability"] >= 0.5] or curve
+    stable = [row for row in curve if row["stability"] >= STABLE] or curve
     if not stable:
         return 1, curve
     return int(max(stable, key=lambda row: row["silhouette"])["clusters"]), curve
