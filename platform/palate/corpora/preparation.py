@@ -92,13 +92,17 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A corpus to make: what is read, by which function, under which rules; ``inputs`` are content digests."""
+    """A corpus to make: what is read, by which function, under which rules.
+
+    ``inputs`` are content digests, ``expected`` the ids of the questions that there must be.
+    """
 
     rules: Rules
     units: Sequence[Any]
     names: Sequence[str]  # of the units, for messages and the quarantine file
     read: Callable[[Any], Iterator[Chunk]]
     inputs: Mapping[str, str]
+    expected: frozenset[str] = frozenset()
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -426,7 +430,12 @@ class _Preparation:
             )
         if records == quarantined:
             raise CorpusError(f"{', '.join(recipe.names[:3])}: found no usable record; left out: {dict(left_out)}")
-        users = _link(self.work, recipe)
+        users, unknown = _link(self.work, recipe)
+        if len(unknown) > config.max_quarantined * len(recipe.expected):
+            raise CorpusError(
+                f"{len(unknown)} of {len(recipe.expected)} golds (such as {min(unknown)!r}) are for questions that "
+                f"{', '.join(recipe.names)} do not ask: these files do not belong together"
+            )
         assign = partial(_assign_unit, users=users, work=self.work, identity=self.identity, buckets=config.buckets)
         written = self.runner(Step("assign", assign, indices))
         buckets = sorted({bucket for summary in written for bucket in summary["buckets"]})
@@ -444,6 +453,7 @@ class _Preparation:
             **left_out,
             **counts,
             "records": records,
+            "golds_without_question": len(unknown),
             "quarantined": quarantined,
             "quarantined_by_reason": dict(sorted(reasons.items())),
             "users_recovered": len(set(users.values())),
@@ -499,26 +509,30 @@ def _read_unit(index: int, *, recipe: Recipe, work: str, identity: dict[str, Any
     return _made(_unit_url(work, "read", index), produce, config)
 
 
-def _link(work: str, recipe: Recipe) -> dict[int, str]:
-    """The users of rows that carry no id. Question ids must be unique: they are what answers are matched by."""
+def _link(work: str, recipe: Recipe) -> tuple[dict[int, str], set[str]]:
+    """The users of rows that carry no id, and the expected questions that there are not.
+
+    Raises:
+        CorpusError: two questions have one id; answers are matched by it.
+    """
     rows, links = [], []
     positions: dict[str, int] = {}
     for index in range(len(recipe.units)):
-        columns = ["row", "place", "user_id", "link", "id", "reason"]
-        for batch in _entries(work, "read", index, columns):
-            table = batch.filter(pc.is_null(batch["reason"]))
+        for table in _entries(work, "read", index, ["row", "place", "user_id", "link", "id", "reason"]):
             asked = table.filter(pc.equal(table["place"], QUESTION))
             for identity, row in zip(asked["id"].to_pylist(), asked["row"].to_pylist(), strict=True):
                 other = positions.setdefault(identity, row)
-                if other != row:
+                if other != row and identity:
                     raise CorpusError(
                         f"question id {identity!r} occurs twice: in {_place(recipe, other)} and in "
                         f"{_place(recipe, row)}. Prepare them as two corpora"
                     )
-            nameless = table.filter(pc.and_(pc.is_null(table["user_id"]), pc.is_valid(table["link"])))
+            usable = table.filter(pc.is_null(table["reason"]))
+            nameless = usable.filter(pc.and_(pc.is_null(usable["user_id"]), pc.is_valid(usable["link"])))
             rows.append(nameless["row"].to_numpy())
             links.append(nameless["link"].to_numpy())
-    return recover_users(np.concatenate(rows), np.concatenate(links)) if rows else {}
+    users = recover_users(np.concatenate(rows), np.concatenate(links)) if rows else {}
+    return users, set(recipe.expected - positions.keys())
 
 
 def _assign_unit(
@@ -576,7 +590,7 @@ def _entries(work: str, stage: str, index: int, columns: list[str] | None = None
     """The tables of one unit, a row group at a time."""
     file = artifacts.open_artifact(_unit_url(work, stage, index)).local("entries.parquet")
     with pq.ParquetFile(file) as parquet:
-        for group in range(parquet.num_row_groups):
+        for group in track(range(parquet.num_row_groups), f"{stage} {index}"):
             yield parquet.read_row_group(group, columns=columns)
 
 

@@ -6,6 +6,7 @@ Paths may be local or fsspec URLs. A file is a JSON list of objects, an object t
 
 import codecs
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,10 @@ from typing import IO, Any
 import ijson
 
 from palate.artifacts import locate
+from palate.progress import meter
 
 _SPACE = b" \t\r\n"
+_MEGABYTE = 1_000_000
 
 
 class CorpusError(ValueError):
@@ -23,22 +26,39 @@ class CorpusError(ValueError):
 
 
 @contextmanager
-def opened(path: str) -> Iterator[IO[bytes]]:
-    """The file as a binary stream, past a byte order mark."""
+def opened(path: str, skip_mark: bool = True) -> Iterator[IO[bytes]]:
+    """The file as a binary stream, past a byte order mark, with progress where reading takes long."""
     filesystem, inside = locate(path)
     if not filesystem.isfile(inside):
         raise CorpusError(f"{path}: there is no such file")
-    with filesystem.open(inside, "rb") as stream:
-        if stream.read(3) != codecs.BOM_UTF8:
+    label = path.rpartition("/")[2]
+    with filesystem.open(inside, "rb") as stream, meter(label, filesystem.size(inside) // _MEGABYTE, "MB") as bar:
+        if not skip_mark or stream.read(3) != codecs.BOM_UTF8:
             stream.seek(0)
-        yield stream
+        yield io.BufferedReader(_Metered(stream, bar), buffer_size=1 << 18)
+
+
+class _Metered(io.RawIOBase):
+    """A stream that reports what was read to a progress bar, in megabytes."""
+
+    def __init__(self, stream: Any, bar: Any) -> None:
+        self.stream, self.bar, self.count = stream, bar, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        block = self.stream.read(len(buffer))
+        buffer[: len(block)] = block
+        before, self.count = self.count, self.count + len(block)
+        self.bar.update(self.count // _MEGABYTE - before // _MEGABYTE)
+        return len(block)
 
 
 def sha256_of(path: str) -> str:
     """SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
-    with opened(path) as stream:
-        stream.seek(0)
+    with opened(path, skip_mark=False) as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
