@@ -83,18 +83,18 @@ def standard(history_k: int, retrieval_k: Sequence[int], per_user_start: Adapter
     ]
 
 
-COMPARISONS = (
-    ("card", "card-permuted"),
-    ("card", "cluster"),
-    ("card", "card-mean"),
-    ("card", "card-random"),
-    ("card", "base"),
-    ("card", "shared"),
-    ("card", "per-user"),
-    ("card-retrieval", "card"),
-    ("cluster", "base"),
-    ("cluster", "shared"),
-)
+def comparisons(retrieval_k: Sequence[int]) -> list[tuple[str, str]]:
+    """The differences of a report, first those that say whether anything personal was learned."""
+    retrieval = f"retrieval-{max(retrieval_k)}"
+    others = ("card-permuted", "cluster", "card-mean", "card-random", "base", retrieval, "shared", "per-user")
+    return [
+        *(("card", other) for other in others),
+        ("card-retrieval", "card"),
+        ("card-retrieval", retrieval),
+        ("cluster", "base"),
+        ("cluster", "shared"),
+        ("per-user", "shared"),
+    ]
 
 
 def assigned_vectors(

@@ -17,7 +17,7 @@ from palate.corpora.worlds import personas
 from palate.evaluation import authorship, judge, report, text
 from palate.evaluation.comparison import Comparison, digest
 from palate.evaluation.statistics import Scores
-from palate.evaluation.systems import COMPARISONS, Spec, averaged, likelihood_scores, vector_rewards
+from palate.evaluation.systems import Spec, averaged, comparisons, likelihood_scores, vector_rewards
 
 OWN_TEXTS = "own-texts"  # a row of the report: what the people wrote themselves, the ceiling of authorship
 
@@ -63,7 +63,7 @@ def _write(comparison: Comparison, writer: Writer) -> None:
     shown = report.compare(
         f"CARD on {comparison.task.name}, {config.users} users",
         systems,
-        [pair for pair in COMPARISONS if set(pair) <= names],
+        [pair for pair in comparisons(config.retrieval_k) if set(pair) <= names],
         _stated(comparison),
         notes=[*_standing_notes(comparison), *notes],
         sections=_sections(comparison, answers, writer),
