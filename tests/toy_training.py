@@ -1,12 +1,12 @@
 """A small run through the train loop, for tests that kill it: linear heads of several clusters behind a dropout.
 
-As a script it is one process of a run: ``toy_training.py FOLDER [--launcher torchrun] [--NAME VALUE …]``.
+As a script it is one process of a run: ``toy_training.py --folder FOLDER [--launcher torchrun] [--NAME VALUE …]``.
 """
 
 import dataclasses
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,14 +33,14 @@ class ToyConfig:
     launcher: Literal["local", "torchrun"] = "local"
     sharded: bool = False
     kill_step: int = 0
-    """Kill the process in this step's loss; with kill_rank, on that rank only."""
+    """Send SIGKILL to the process of kill_rank in this step's loss; 0: never."""
     kill_rank: int = 0
     kill_fault: str = ""
-    """Kill at this fault point of the second checkpoint."""
-    nan_step: int = 0
+    """Send SIGKILL to rank 0 at this fault point of its second checkpoint."""
     learning_rate: float = 0.05
     seed: int = 0
     tensorboard: bool = False
+    fresh: bool = False
 
 
 class Toy(nn.Module):
@@ -52,8 +52,9 @@ class Toy(nn.Module):
         for parameter in self.parameters():
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
-    def forward(self, x: torch.Tensor, cluster: int) -> torch.Tensor:
-        return torch.stack([head(self.dropout(x)) for head in self.heads])[cluster]
+    def forward(self, x_BW: torch.Tensor, cluster_B: torch.Tensor) -> torch.Tensor:
+        answers_KB3 = torch.stack([head(self.dropout(x_BW)) for head in self.heads])
+        return answers_KB3[cluster_B, torch.arange(len(cluster_B))]
 
 
 class Source(ListSource):
@@ -85,12 +86,11 @@ def weigh(sample: dict[str, Any]) -> dict[str, float]:
 
 
 def loss(model: nn.Module, samples: list[Any], totals: Mapping[str, float]) -> LossOutput:
-    parts, errors = [], 0.0
-    for sample in samples:
-        error = (model(sample["x"], sample["cluster"]) - sample["y"]).square().mean() * sample["weight"]
-        parts.append(error / totals[f"cluster-{sample['cluster']}"])
-        errors += error.item()
-    return LossOutput(torch.stack(parts).sum(), {"error": (errors, sum(sample["weight"] for sample in samples))})
+    answers_B3 = model(torch.stack([s["x"] for s in samples]), torch.tensor([s["cluster"] for s in samples]))
+    errors_B = (answers_B3 - torch.stack([s["y"] for s in samples])).square().mean(dim=1)
+    errors_B = errors_B * torch.tensor([s["weight"] for s in samples])
+    shares_B = errors_B / torch.tensor([totals[f"cluster-{s['cluster']}"] for s in samples])
+    return LossOutput(shares_B.sum(), {"error": (errors_B.sum(), sum(s["weight"] for s in samples))})
 
 
 def groups(model: nn.Module, learning_rate: float = 0.05) -> list[Group]:
@@ -106,7 +106,7 @@ def run(settings: ToyConfig, world: World) -> dict[str, Any]:
     model = Toy(settings.dropout)
     if settings.sharded:
         shard(model, model.heads, world)
-    calls = _killing(settings, world)
+    killing = _killing(settings, world)
     loop = LoopConfig(
         settings.steps,
         seed=settings.seed,
@@ -117,20 +117,22 @@ def run(settings: ToyConfig, world: World) -> dict[str, Any]:
     )
 
     def watched(model: nn.Module, samples: list[Any], totals: Mapping[str, float]) -> LossOutput:
-        output = loss(model, samples, totals)
-        return calls(output, samples)
+        killing()
+        return loss(model, samples, totals)
 
     stream = Stream([source()], settings.global_batch, seed=settings.seed)
-    summary = train(model, groups(model, settings.learning_rate), stream, weigh, watched, loop, settings.folder, world)
+    parts = groups(model, settings.learning_rate)
+    summary = train(model, parts, stream, weigh, watched, loop, settings.folder, world, fresh=settings.fresh)
     return dataclasses.asdict(summary)
 
 
-def _killing(settings: ToyConfig, world: World):
+def _killing(settings: ToyConfig, world: World) -> Callable[[], None]:
+    """Arms the kill; what it returns is to be called before every loss."""
+
     def kill() -> None:
-        # A restarted process, under Ray with the same settings, is not killed again.
+        # A process that is started again with the same settings, as Ray does, is not killed again.
         marker = Path(settings.folder) / "killed"
         if not marker.exists():
-            marker.parent.mkdir(parents=True, exist_ok=True)
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -144,18 +146,13 @@ def _killing(settings: ToyConfig, world: World):
     if settings.kill_fault:
         artifacts.fault_hook = fault
 
-    def step() -> int:
+    def before_loss() -> None:
         rows = Path(settings.folder) / "training.jsonl"
-        return 1 + (len(rows.read_text().splitlines()) if rows.exists() else 0)
-
-    def watched(output: LossOutput, samples: list[Any]) -> LossOutput:
-        if settings.kill_step and world.rank == settings.kill_rank and step() == settings.kill_step:
+        done = len(rows.read_text().splitlines()) if rows.exists() else 0
+        if world.rank == settings.kill_rank and done == settings.kill_step - 1:
             kill()
-        if settings.nan_step and step() == settings.nan_step:
-            return LossOutput(output.loss * float("nan"), output.metrics)
-        return output
 
-    return watched
+    return before_loss
 
 
 def trace(folder: str | Path) -> list[tuple[Any, ...]]:
@@ -163,7 +160,16 @@ def trace(folder: str | Path) -> list[tuple[Any, ...]]:
     return [(row["step"], row["loss"].hex(), row["fingerprint"], tuple(sorted(row["groups"]))) for row in read(folder)]
 
 
-if __name__ == "__main__":
-    chosen = config.parse(ToyConfig)
+def process(settings: ToyConfig, rank: int = 0, ranks: int = 1, port: int = 0) -> None:
+    """One process of a run, in the environment that torchrun gives it."""
     torch.set_num_threads(1)
-    (run_local if chosen.launcher == "local" else run_torchrun)(run, chosen)
+    if settings.launcher == "torchrun":
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()} if port else {})
+        run_torchrun(run, settings)
+    else:
+        run_local(run, settings)
+
+
+if __name__ == "__main__":
+    process(config.parse(ToyConfig))

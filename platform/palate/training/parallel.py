@@ -11,8 +11,6 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 Precision = Literal["fp32", "bf16"]
@@ -122,6 +120,8 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], world: World, precision
     Each block is gathered alone, what is left of the model together. Take the parameter groups from the model after
     this call. Weights stay float32; with ``bf16`` blocks compute in it and gradients are summed in float32.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # a second to import, only wanted here
+
     mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
     dtype = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -138,21 +138,22 @@ def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor)
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor, told by its mesh: the class itself takes a second to import."""
+    return hasattr(tensor, "device_mesh")
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """The part of a tensor that lies on this rank: all of it unless it is sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def local_rows(parameter: Tensor) -> tuple[int, int]:
+def local_rows(parameter: Any) -> tuple[int, int]:
     """First row and number of rows of a parameter that lie on this rank (``torch.chunk``'s division, as FSDP2's)."""
     rows = parameter.shape[0] if parameter.dim() else 1
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return 0, rows
-    if parameter.placements != (Shard(0),):
+    if [placement.is_shard(0) for placement in parameter.placements] != [True]:
         raise ValueError(f"only parameters sharded by rows over one mesh can be saved, found {parameter.placements}")
     mesh = parameter.device_mesh
     chunk = -(-rows // mesh.size())
@@ -160,10 +161,12 @@ def local_rows(parameter: Tensor) -> tuple[int, int]:
     return start, min(chunk, rows - start)
 
 
-def like(parameter: Tensor, part: Tensor) -> Tensor:
+def like(parameter: Any, part: Tensor) -> Tensor:
     """This rank's part as a tensor that is sharded as ``parameter`` is."""
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return part
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         part,
         parameter.device_mesh,

@@ -1,0 +1,151 @@
+"""Runs in processes of their own that get a real SIGKILL, on one rank and on two, and are started again."""
+
+import multiprocessing
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import toy_training as toy
+from palate.training.logging import read
+
+POINTS = ["before data", "after data", "before manifest", "after manifest"]
+
+# Processes that start with torch imported: a run of their own in a tenth of the time.
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["toy_training", "torch._dynamo"])  # the optimizer imports the latter, in 2 s
+
+
+def run(folder, ranks=1, check=True, **options) -> bool:
+    """One run in processes of its own, as torchrun would start them. Returns whether all ended well."""
+    settings = toy.ToyConfig(str(folder), launcher="torchrun" if ranks > 1 else "local", **options)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    processes = [forks.Process(target=toy.process, args=(settings, rank, ranks, port)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=100)
+        process.kill()
+        process.join()
+    well = all(process.exitcode == 0 for process in processes)
+    assert well or not check
+    return well
+
+
+def kill(folder, ranks=1, **options) -> None:
+    """A run that is killed on the way; the log shows that it did not reach its end."""
+    assert not run(folder, ranks, check=False, **options)
+    assert (Path(folder) / "killed").exists()
+    assert len(read(folder)) < 12
+
+
+def state(folder, ranks=1) -> list[dict]:
+    last = Path(folder) / "checkpoints" / "step-00000012"
+    return [load_file(last / f"rank-{rank:05d}.safetensors") for rank in range(ranks)]
+
+
+def assert_bit_equal(folder, whole, ranks=1) -> None:
+    assert toy.trace(folder) == toy.trace(whole)
+    for found, expected in zip(state(folder, ranks), state(whole, ranks), strict=True):
+        assert found.keys() == expected.keys()
+        assert all(found[name].equal(tensor) for name, tensor in expected.items())
+
+
+def assert_equal_within_rounding(folder, other) -> None:
+    """Equal batches, and losses and weights that differ by the order of float32 sums alone: 1e-5 relative."""
+    assert [row["fingerprint"] for row in read(folder)] == [row["fingerprint"] for row in read(other)]
+    assert [row["loss"] for row in read(folder)] == pytest.approx([row["loss"] for row in read(other)], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    run(folder, ranks=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    """One rank without dropout, whose numbers would depend on the rank."""
+    folder = tmp_path_factory.mktemp("exact")
+    run(folder, dropout=0.0)
+    return folder
+
+
+@pytest.mark.parametrize("step", [1, 7, 12])
+def test_sigkill_in_a_step_on_one_rank(tmp_path, one_rank, step):
+    kill(tmp_path, kill_step=step)
+    run(tmp_path)
+    assert_bit_equal(tmp_path, one_rank)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_sigkill_inside_a_checkpoint_on_one_rank(tmp_path, one_rank, point):
+    kill(tmp_path, kill_fault=point)
+    run(tmp_path)
+    assert_bit_equal(tmp_path, one_rank)
+
+
+@pytest.mark.parametrize("options", [{"kill_step": 7, "kill_rank": 1}, {"kill_fault": "before manifest"}])
+def test_sigkill_of_one_of_two_ranks(tmp_path, two_ranks, options):
+    kill(tmp_path, ranks=2, **options)
+    run(tmp_path, ranks=2)
+    assert_bit_equal(tmp_path, two_ranks, ranks=2)
+
+
+@pytest.mark.slow
+def test_sigkill_of_one_of_two_ranks_under_torchrun(tmp_path, two_ranks):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", toy.__file__]
+    command += ["--folder", str(tmp_path), "--launcher", "torchrun"]
+    killed = subprocess.run([*command, "--kill-step", "7", "--kill-rank", "1"], capture_output=True, text=True)
+    assert killed.returncode != 0
+    assert (tmp_path / "killed").exists()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert_bit_equal(tmp_path, two_ranks, ranks=2)
+
+
+def test_two_ranks_equal_one(tmp_path, exact):
+    run(tmp_path, ranks=2, dropout=0.0)
+    assert_equal_within_rounding(tmp_path, exact)
+    found, expected = state(tmp_path)[0], state(exact)[0]
+    for name in (name for name in expected if name.startswith("model.")):
+        assert found[name].sub(expected[name]).norm() < 1e-5 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
+def test_started_again_on_another_number_of_ranks(tmp_path, exact, before, after):
+    kill(tmp_path, before, dropout=0.0, kill_step=7)
+    run(tmp_path, after, dropout=0.0)
+    assert_equal_within_rounding(tmp_path, exact)
+
+
+@pytest.mark.slow
+def test_sharded_ranks_equal_one_and_go_on_sharded_or_not(tmp_path, exact):
+    options = {"ranks": 2, "dropout": 0.0, "sharded": True}
+    whole, again, plain = tmp_path / "whole", tmp_path / "again", tmp_path / "plain"
+    run(whole, **options)
+    assert_equal_within_rounding(whole, exact)
+    parts = state(whole, ranks=2)
+    # 3 rows on 2 ranks: each holds its own rows of weights and moments.
+    assert [part["model.heads.0.weight"].shape[0] for part in parts] == [2, 1]
+    assert [part["optimizer.heads.0.weight.exp_avg"].shape[0] for part in parts] == [2, 1]
+
+    kill(again, **options, kill_step=7)
+    run(again, **options)
+    assert_bit_equal(again, whole, ranks=2)
+
+    kill(plain, **options, kill_step=7)
+    run(plain, dropout=0.0)
+    assert_equal_within_rounding(plain, exact)
