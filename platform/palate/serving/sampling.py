@@ -24,33 +24,42 @@ def choose(logits_BV: Tensor, temperatures: Sequence[float], top_ps: Sequence[fl
     drawn = [row for row, temperature in enumerate(temperatures) if temperature > 0]
     if not drawn:
         return tokens_B
-    divisors = torch.tensor([temperatures[row] for row in drawn], device=logits_BV.device)
-    probabilities_NV = torch.softmax(logits_BV[drawn].float() / divisors[:, None], dim=-1)
+    # The clamp and the subtraction keep tiny temperatures from overflowing.
+    divisors_N1 = torch.tensor([[max(temperatures[row], 1e-6)] for row in drawn], device=logits_BV.device)
+    logits_NV = logits_BV[drawn].float()
+    probabilities_NV = torch.softmax((logits_NV - logits_NV.amax(dim=1, keepdim=True)) / divisors_N1, dim=1)
     uniforms_N = uniforms_B[drawn].to(logits_BV.device)
-    for where, row in enumerate(drawn):
-        tokens_B[row] = _draw(probabilities_NV[where], top_ps[row], uniforms_N[where])
+    limits_N = torch.tensor([top_ps[row] for row in drawn], device=logits_BV.device)
+    cut = limits_N < 1
+    drawn_N = torch.empty_like(tokens_B[drawn])
+    if not cut.all():
+        drawn_N[~cut] = _inverse(probabilities_NV[~cut], uniforms_N[~cut])
+    if cut.any():
+        weights_Nk, candidates_Nk = nucleus(probabilities_NV[cut], limits_N[cut])
+        drawn_N[cut] = candidates_Nk.gather(1, _inverse(weights_Nk, uniforms_N[cut])[:, None]).squeeze(1)
+    tokens_B[drawn] = drawn_N
     return tokens_B
 
 
-def _draw(probabilities_V: Tensor, top_p: float, uniform: Tensor) -> Tensor:
-    if top_p >= 1:
-        return _inverse(probabilities_V, uniform)
-    nucleus = _nucleus(probabilities_V, top_p)
-    return nucleus[_inverse(probabilities_V[nucleus], uniform)]
+def nucleus(probabilities_NV: Tensor, top_p_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest sets of most likely tokens whose probability reaches ``top_p``.
+
+    Returns weights (N, k), 0 for what is outside the set, and the tokens they belong to, in vocabulary order.
+    """
+    count = min(_CANDIDATES, probabilities_NV.shape[1])
+    best_Nk, tokens_Nk = probabilities_NV.topk(count)
+    if (best_Nk.sum(dim=1) < top_p_N).any():
+        best_Nk, tokens_Nk = probabilities_NV.sort(dim=1, descending=True)
+    before_Nk = best_Nk.cumsum(dim=1) - best_Nk
+    weights_Nk = best_Nk.masked_fill(before_Nk >= top_p_N[:, None], 0.0)
+    tokens_Nk, order_Nk = tokens_Nk.sort(dim=1)
+    return weights_Nk.gather(1, order_Nk), tokens_Nk
 
 
-def _nucleus(probabilities_V: Tensor, top_p: float) -> Tensor:
-    """Indices, in vocabulary order, of the smallest set of best tokens that reaches ``top_p``."""
-    count = min(_CANDIDATES, probabilities_V.numel())
-    best, indices = probabilities_V.topk(count)
-    if best.sum() < top_p and count < probabilities_V.numel():
-        best, indices = probabilities_V.sort(descending=True)
-    before = best.cumsum(0) - best
-    return indices[before < top_p].sort().values
-
-
-def _inverse(weights: Tensor, uniform: Tensor) -> Tensor:
-    """The first index whose cumulated share of the weights exceeds ``uniform``."""
-    cumulated = weights.double().cumsum(0)
-    # right=True steps over weights of 0; the clamp is for a uniform number that rounds up to the whole.
-    return torch.searchsorted(cumulated, uniform * cumulated[-1], right=True).clamp(max=len(weights) - 1)
+def _inverse(weights_Nk: Tensor, uniforms_N: Tensor) -> Tensor:
+    """For each row the first index whose cumulated share of the weights exceeds the uniform number."""
+    cumulated_Nk = weights_Nk.double().cumsum(dim=1)
+    total_N1 = cumulated_Nk[:, -1:].contiguous()
+    # right=True steps over weights of 0; the last weight that is not 0 is for a product that rounds up to the total.
+    found_N1 = torch.searchsorted(cumulated_Nk, uniforms_N[:, None] * total_N1, right=True)
+    return torch.minimum(found_N1, torch.searchsorted(cumulated_Nk, total_N1)).squeeze(1)
