@@ -134,6 +134,15 @@ def test_no_repository_and_no_revision(repository, tmp_path):
         git.recipe(git.GitConfig(repository=str(repository.path), revision="v9", out="unused"))
 
 
+def test_a_damaged_history_stops_with_gits_words(repository, tmp_path):
+    for number in range(3):
+        repository.commit("Ann Lee <ann@x.example>", f"subject {number}\n\nbody {number}")
+    first = repository.run("rev-list", "--max-parents=0", "HEAD").strip()
+    (repository.path / ".git" / "objects" / first[:2] / first[2:]).unlink()
+    with pytest.raises(CorpusError, match="git log stopped: .*"):
+        prepared(repository, tmp_path)
+
+
 def test_a_history_of_bots_says_what_was_left_out(repository, tmp_path):
     repository.commit("renovate[bot] <x@y.example>", "bump\n\nbody")
     with pytest.raises(CorpusError, match=r"found no usable record.*commits_by_bots"):

@@ -9,16 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palate import artifacts
-from palate.corpora import jsonl, preparation, schema
-from palate.corpora.preparation import QUESTION, Rules, entry
+from palate.corpora import entries, jsonl, people, preparation, schema
+from palate.corpora.entries import QUESTION, entry
+from palate.corpora.people import Rules
 from palate.corpora.streams import CorpusError
 
 TASK = schema.Task("test", "text")
 
 
 def finished(rows, **rules):
-    table = pa.Table.from_pylist(rows, schema=preparation.ENTRIES)
-    return preparation.finish(table, Rules(TASK, **rules))
+    table = pa.Table.from_pylist(rows, schema=entries.ENTRIES)
+    return people.finish(table, Rules(TASK, **rules))
 
 
 def text(row, place, identity, source, output="o", user="u", date=None):
@@ -51,7 +52,7 @@ def components_by_search(pairs):
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(-6, 15)), min_size=1, max_size=40))
 def test_users_are_the_connected_components(pairs):
     rows, links = (np.array(column, dtype=np.int64) for column in zip(*pairs, strict=True))
-    users = preparation.recover_users(rows, links)
+    users = people.recover_users(rows, links)
     groups = defaultdict(set)
     for row, user in users.items():
         groups[user].add(row)
@@ -60,15 +61,15 @@ def test_users_are_the_connected_components(pairs):
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(-6, 15)), min_size=1, max_size=40), st.randoms())
 def test_recovered_ids_depend_on_the_items_and_not_on_order_or_row_numbers(pairs, shuffler):
-    users = preparation.recover_users(*(np.array(c, dtype=np.int64) for c in zip(*pairs, strict=True)))
+    users = people.recover_users(*(np.array(c, dtype=np.int64) for c in zip(*pairs, strict=True)))
     shuffler.shuffle(pairs)
     moved = [(row + 1000, link) for row, link in pairs]
-    again = preparation.recover_users(*(np.array(c, dtype=np.int64) for c in zip(*moved, strict=True)))
+    again = people.recover_users(*(np.array(c, dtype=np.int64) for c in zip(*moved, strict=True)))
     assert {row + 1000: user for row, user in users.items()} == again
 
 
 def test_no_rows_no_users():
-    assert preparation.recover_users(np.array([], dtype=np.int64), np.array([], dtype=np.int64)) == {}
+    assert people.recover_users(np.array([], dtype=np.int64), np.array([], dtype=np.int64)) == {}
 
 
 # ---- the leak guard
@@ -132,6 +133,33 @@ def test_another_persons_question_does_not_remove_an_item():
     assert [item["source"] for item in finished(rows).items.to_pylist()] == ["plum"]
 
 
+def test_another_persons_copy_of_a_gold_goes_but_an_equal_label_stays():
+    rows = [
+        text(0, QUESTION, "q", "Plum", "good", user="a"),
+        text(1, 0, "1", "plum", "Good", user="b"),
+        text(1, 1, "2", "plum", "bad", user="b"),
+        text(1, 2, "3", "fig", "good", user="b"),
+    ]
+    table = pa.Table.from_pylist(rows, schema=entries.ENTRIES)
+    for metric, kept in [("text", ["2", "3"]), ("classification", ["1", "2", "3"])]:
+        rules = Rules(schema.Task("test", metric))
+        result = people.finish(table, rules, people.gold_pairs(table, rules))
+        assert [item["item_id"] for item in result.items.to_pylist()] == [f"b/{identity}" for identity in kept]
+        assert result.counts["leaked_items_of_another_person"] == 3 - len(kept)
+
+
+def test_held_out_texts_of_others_are_golds_too(tmp_path):
+    shared = {"input": "the same", "output": "words"}
+    lines = [{"user_id": "a", "input": str(number), "output": "x"} for number in range(3)]
+    lines += [{"user_id": "a", **shared}, {"user_id": "b", **shared}]
+    lines += [{"user_id": "b", "input": f"b{number}", "output": "y"} for number in range(3)]
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    corpus = prepared(tmp_path / "all.jsonl", tmp_path / "out")
+    assert "words" in {question.output for question in schema.read_questions(corpus)}
+    assert "words" not in {item.output for item in schema.read_items(corpus)}
+    assert corpus.read_json("report.json")["leaked_items_of_another_person"] == 1
+
+
 # ---- order, duplicates, holding out
 
 
@@ -192,8 +220,8 @@ def test_braces_in_a_text_are_no_placeholders():
 
 
 def test_text_of_takes_texts_and_numbers_only():
-    assert [preparation.text_of(value) for value in (" a ", 5, 5.0, 4.5, None, True, [1], "\ud800x")] == [
-        "a", "5", "5", "4.5", "", "", "", "?x",
+    assert [entries.text_of(value) for value in (" a ", 5, 5.0, 4.5, None, True, [1], float("nan"), "\ud800x")] == [
+        "a", "5", "5", "4.5", "", "", "", "", "?x",
     ]  # fmt: skip
 
 
@@ -224,7 +252,7 @@ def test_rows_do_not_depend_on_buckets_files_or_chunks(tmp_path, monkeypatch):
     rows = write_lines(tmp_path / "all.jsonl")
     one = prepared(tmp_path / "all.jsonl", tmp_path / "one", buckets=1)
     many = prepared(tmp_path / "all.jsonl", tmp_path / "many", buckets=64)
-    monkeypatch.setattr(preparation, "CHUNK_CHARACTERS", 1)
+    monkeypatch.setattr(entries, "CHUNK_CHARACTERS", 1)
     fine = prepared(tmp_path / "all.jsonl", tmp_path / "fine", buckets=5)
     assert content(one) == content(many) == content(fine)
     assert one.read_json("report.json") == fine.read_json("report.json")
@@ -297,7 +325,7 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 3])
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 4])
 def test_a_stopped_preparation_goes_on_after_its_finished_tasks(tmp_path, stop_at):
     write_lines(tmp_path / "all.jsonl")
     whole = prepared(tmp_path / "all.jsonl", tmp_path / "whole")

@@ -12,7 +12,6 @@ import re
 import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -20,14 +19,18 @@ from pathlib import Path
 from typing import IO
 
 from palate.config import scale
-from palate.corpora.preparation import Chunk, PrepareConfig, Recipe, Rules, chunked, connected, entry
+from palate.corpora.entries import Chunk, chunked, entry
+from palate.corpora.people import Rules, connected
+from palate.corpora.preparation import PrepareConfig, Recipe
 from palate.corpora.schema import Task, normalized
-from palate.corpora.streams import CorpusError
+from palate.corpora.streams import CorpusError, absolute
+from palate.progress import track
 
 INSTRUCTION = "Write the subject line of the following commit message: {source}"
 
 _FIELD, _COMMIT = "\x1f", b"\0"
-_FORMAT = "%H%x1f%P%x1f%aN%x1f%aE%x1f%at%x1f%B"
+_COMMITS = "%H%x1f%P%x1f%aN%x1f%aE%x1f%at%x1f%B"
+_AUTHORS = "%aN%x1f%aE"
 _BOT = re.compile(
     r"\[bot\]|(?<![a-z])(ro|build)?bot(?![a-z])|\b(dependabot|renovate|greenkeeper|pre-commit-ci|github.actions|"
     r"copybara|jenkins|travis|weblate|transifex|autoroller?|ci.user)\b",
@@ -85,7 +88,7 @@ def recipe(config: GitConfig) -> Recipe:
     if "{source}" not in config.instruction:
         raise CorpusError(f"--instruction {config.instruction!r} must hold {{source}}, where the body goes")
     mailmap = Path(config.repository) / ".mailmap"
-    authors = user_ids({(commit.name, commit.address) for commit in commits(config.repository, head)})
+    authors = user_ids(identities(config.repository, head))
     rules = Rules(
         Task("git", "text", title_template='"{output}" is the subject for "{source}"'),
         config.instruction,
@@ -95,7 +98,7 @@ def recipe(config: GitConfig) -> Recipe:
     )
     return Recipe(
         rules=rules,
-        units=[(config.repository, head)],
+        units=[(absolute(config.repository), head)],
         names=[f"{config.repository} at {head[:12]}"],
         read=partial(read, authors=authors, max_characters=config.max_characters),
         inputs={
@@ -135,11 +138,15 @@ def commits(repository: str, revision: str) -> Iterator[Commit]:
     Raises:
         CorpusError: git stopped with an error, for example because objects are missing.
     """
-    with _log(repository, revision) as stream:
-        for record in _records(stream):
-            sha, parents, name, address, seconds, message = record.decode(errors="replace").split(_FIELD, 5)
-            date = datetime.fromtimestamp(int(seconds or 0), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            yield Commit(sha.strip(), len(parents.split()), name.strip(), address.strip().lower(), date, message)
+    for record in _log(repository, revision, _COMMITS):
+        sha, parents, name, address, seconds, message = record.split(_FIELD, 5)
+        date = datetime.fromtimestamp(int(seconds or 0), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        yield Commit(sha.strip(), len(parents.split()), *_identity(name, address), date, message)
+
+
+def identities(repository: str, revision: str) -> set[tuple[str, str]]:
+    """The (name, address) of every author, as in ``commits``."""
+    return {_identity(*record.split(_FIELD, 1)) for record in _log(repository, revision, _AUTHORS)}
 
 
 def read(unit: tuple[str, str], *, authors: Mapping[tuple[str, str], str], max_characters: int) -> Iterator[Chunk]:
@@ -243,15 +250,22 @@ def _names_agree(one: str, other: str, local: str) -> bool:
     return local in (one, other) or bool(set(one.split()) & set(other.split()) - {local})
 
 
-@contextmanager
-def _log(repository: str, revision: str) -> Iterator[IO[bytes]]:
-    command = ["git", "-C", repository, "-c", "i18n.logOutputEncoding=UTF-8", "-c", "log.showSignature=false"]
-    command += ["log", "-z", "--use-mailmap", "--topo-order", "--reverse", f"--format={_FORMAT}", revision]
+def _identity(name: str, address: str) -> tuple[str, str]:
+    return name.strip(), address.strip().lower()
+
+
+def _log(repository: str, revision: str, form: str) -> Iterator[str]:
+    """What ``git log`` prints for each commit, parents before children."""
+    git = ["git", "-C", repository, "-c", "i18n.logOutputEncoding=UTF-8", "-c", "log.showSignature=false"]
+    counted = subprocess.run([*git, "rev-list", "--count", revision], capture_output=True, text=True, check=False)
+    total = int(counted.stdout) if counted.returncode == 0 else None
+    command = [*git, "log", "-z", "--use-mailmap", "--topo-order", "--reverse", f"--format={form}", revision]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         try:
-            yield process.stdout
+            for record in track(_records(process.stdout), "git log", total):
+                yield record.decode(errors="replace")
         except BaseException:
             process.kill()  # the reader stopped early; git would wait for it
             raise

@@ -9,19 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from palate.config import scale
-from palate.corpora.preparation import (
-    ROW_BITS,
-    Chunk,
-    PrepareConfig,
-    Recipe,
-    Rules,
-    chunked,
-    entry,
-    text_of,
-    unusable,
-)
+from palate.corpora.entries import ROW_BITS, Chunk, chunked, entry, text_of, unusable
+from palate.corpora.people import Rules
+from palate.corpora.preparation import PrepareConfig, Recipe
 from palate.corpora.schema import Task
-from palate.corpora.streams import CorpusError, json_lines, sha256_of
+from palate.corpora.streams import CorpusError, absolute, json_lines, sha256_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +35,7 @@ def recipe(config: JsonlConfig) -> Recipe:
     task = Task("jsonl", "text", title_template='"{output}" was written for "{source}"')
     return Recipe(
         rules=Rules(task, config.instruction, hold_out=config.questions_per_user, min_texts=config.min_texts),
-        units=list(enumerate(config.input)),
+        units=list(enumerate(map(absolute, config.input))),
         names=list(config.input),
         read=read,
         inputs={f"input {index}": sha256_of(path) for index, path in enumerate(config.input)},

@@ -14,21 +14,11 @@ from functools import partial
 from typing import Any
 
 from palate.config import scale
-from palate.corpora.preparation import (
-    QUESTION,
-    ROW_BITS,
-    Chunk,
-    PrepareConfig,
-    Recipe,
-    Rules,
-    chunked,
-    entry,
-    link_of,
-    text_of,
-    unusable,
-)
+from palate.corpora.entries import QUESTION, ROW_BITS, Chunk, chunked, entry, link_of, text_of, unusable
+from palate.corpora.people import Rules
+from palate.corpora.preparation import PrepareConfig, Recipe
 from palate.corpora.schema import Task
-from palate.corpora.streams import CorpusError, first_byte, json_records, sha256_of, wrapper_task
+from palate.corpora.streams import CorpusError, absolute, first_byte, json_records, sha256_of, wrapper_task
 
 _FIRST_ROWS = 20  # if none of these is of the task, the file is of another task
 
@@ -183,7 +173,7 @@ def recipe(config: LampConfig) -> Recipe:
     }
     return Recipe(
         rules=rules,
-        units=list(enumerate(config.questions)),
+        units=list(enumerate(map(absolute, config.questions))),
         names=list(config.questions),
         read=partial(read, task=task, golds=golds),
         inputs=inputs,

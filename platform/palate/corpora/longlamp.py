@@ -16,21 +16,11 @@ import pyarrow.parquet as pq
 
 from palate.artifacts import locate
 from palate.config import scale
-from palate.corpora.preparation import (
-    QUESTION,
-    ROW_BITS,
-    Chunk,
-    PrepareConfig,
-    Recipe,
-    Rules,
-    chunked,
-    entry,
-    link_of,
-    text_of,
-    unusable,
-)
+from palate.corpora.entries import QUESTION, ROW_BITS, Chunk, chunked, entry, link_of, text_of, unusable
+from palate.corpora.people import Rules
+from palate.corpora.preparation import PrepareConfig, Recipe
 from palate.corpora.schema import Task
-from palate.corpora.streams import CorpusError, first_byte, json_lines, json_records, sha256_of
+from palate.corpora.streams import CorpusError, absolute, first_byte, json_lines, json_records, sha256_of
 
 _PARQUET_ROWS = 8  # read at once; a single row may hold hundreds of megabytes
 
@@ -146,7 +136,7 @@ def recipe(config: LongLampConfig) -> Recipe:
     rules = Rules(Task(task.name, "text", title_template=task.title_template), task.item_template, own_output=True)
     return Recipe(
         rules=rules,
-        units=list(enumerate(config.input)),
+        units=list(enumerate(map(absolute, config.input))),
         names=list(config.input),
         read=partial(read, task=task, max_characters=config.max_characters),
         inputs={f"input {index}": sha256_of(path) for index, path in enumerate(config.input)},

@@ -8,6 +8,7 @@ import codecs
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -53,6 +54,11 @@ class _Metered(io.RawIOBase):
         before, self.count = self.count, self.count + len(block)
         self.bar.update(self.count // _MEGABYTE - before // _MEGABYTE)
         return len(block)
+
+
+def absolute(path: str) -> str:
+    """A local path as it is found from any working folder, a worker's too; a URL as it is."""
+    return path if "://" in path else os.path.abspath(path)  # noqa: PTH100
 
 
 def sha256_of(path: str) -> str:
