@@ -64,6 +64,90 @@ def test_forward_equals_peft_with_adapter_names(tmp_path):
     assert (found - base_model()(input_ids=TOKENS).logits)[0].abs().max() > 1e-3  # the adapters do something
 
 
+@pytest.mark.parametrize("limit", [0, 10_000])
+@pytest.mark.parametrize("targets", [adapters.ALL_LINEAR, adapters.ATTENTION, ("k_proj", "up_proj")])
+def test_both_products_without_gradients_equal_the_one_with(monkeypatch, limit, targets):
+    monkeypatch.setattr(adapters, "MASKED_UP_TO", limit)
+    model = base_model()
+    rows = adapters.pack(model, CLUSTERS, adapters.LoraConfig(rank=4, alpha=8.0, targets=targets))
+    for _, layer in adapters.packed_layers(model):
+        assert layer.readers.masked == (limit > 0)
+        for B in layer.B:
+            torch.nn.init.normal_(B, std=0.1)
+    base_logits = base_model()(input_ids=TOKENS).logits
+    for chosen in (ROWS, ROWS.flip(0), torch.zeros(5, dtype=torch.long)):
+        rows.set(chosen)
+        expected = model(input_ids=TOKENS).logits.detach()
+        with torch.no_grad():
+            found = model(input_ids=TOKENS).logits
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+        assert torch.equal(found[chosen == -1], base_logits[chosen == -1])
+        assert (found - base_logits)[chosen != -1].abs().amax(dim=(1, 2)).min() > 1e-3
+
+
+def test_projections_of_one_input_share_a_product(monkeypatch):
+    model, rows = packed_model()
+    products = []
+    multiply = adapters.Readers._multiply
+    monkeypatch.setattr(
+        adapters.Readers, "_multiply", lambda self, *rest: products.append(len(self.layers)) or multiply(self, *rest)
+    )
+    rows.set(ROWS)
+    with torch.no_grad():
+        model(input_ids=TOKENS)
+        assert products == [3, 1, 2, 1] * 2  # q k v, o, gate up, down
+        # The same tensor object with other rows is another product.
+        layer = dict(adapters.packed_layers(model))["model.layers.0.self_attn.q_proj"]
+        x = torch.randn(5, 2, 32)
+        rows.set(torch.zeros(5, dtype=torch.long))
+        first = layer(x)
+        rows.set(torch.ones(5, dtype=torch.long))
+        assert not torch.equal(layer(x), first)
+
+
+@pytest.mark.parametrize("limit", [0, 10_000])
+def test_decoding_sees_weights_that_were_trained_or_loaded_since(monkeypatch, limit):
+    monkeypatch.setattr(adapters, "MASKED_UP_TO", limit)
+    model, rows = packed_model()
+    rows.set(ROWS)
+
+    def decode():
+        with torch.no_grad():
+            return model(input_ids=TOKENS).logits
+
+    before = decode()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(input_ids=TOKENS).logits.square().mean().backward()
+    optimizer.step()
+    trained = decode()
+    assert not torch.equal(trained, before)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fresh, fresh_rows = packed_model()
+    fresh_rows.set(ROWS)
+    with torch.no_grad():
+        assert torch.equal(fresh(input_ids=TOKENS).logits, before)
+        fresh.load_state_dict(state)
+        assert torch.equal(fresh(input_ids=TOKENS).logits, trained)
+
+
+def test_a_bfloat16_base_keeps_float32_adapters():
+    model, rows = packed_model()
+    rows.set(ROWS)
+    with torch.no_grad():
+        expected = model(input_ids=TOKENS).logits
+        for _, layer in adapters.packed_layers(model):
+            layer.base.to(torch.bfloat16)
+        model.model.embed_tokens.to(torch.bfloat16)
+        model.model.norm.to(torch.bfloat16)
+        for layer in model.model.layers:
+            layer.input_layernorm.to(torch.bfloat16)
+            layer.post_attention_layernorm.to(torch.bfloat16)
+        model.lm_head.to(torch.bfloat16)
+        found = model(input_ids=TOKENS).logits
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.05)
+
+
 def test_a_base_row_has_the_base_models_logits():
     model, rows = packed_model()
     rows.set(torch.full((5,), adapters.BASE))

@@ -94,6 +94,7 @@ class PackedLinear(nn.Module):
             return y
         if not torch.is_grad_enabled():
             return self.readers.add_update(y, x, self, in_use)
+        self.readers.forget()  # a training step comes next
         mask_BR = in_use.mask_BR
         A_cat, B_cat = torch.cat(list(self.A), dim=1), torch.cat(list(self.B), dim=0)
         mask = mask_BR.to(A_cat.dtype).view(mask_BR.shape[0], *([1] * (x.dim() - 2)), -1)
@@ -110,14 +111,15 @@ class Readers:
     def __init__(self, layers: list[PackedLinear]) -> None:
         self.layers, self.rows = layers, layers[0].rows
         self.masked = self.rows.count * self.rows.rank <= MASKED_UP_TO
+        self._made_for: tuple[Tensor, Tensor] | None = None
+        self._products: list[Tensor] = []
         self.forget()
 
     def forget(self) -> None:
-        """Drop what is kept between calls: frozen parameters have changed."""
+        """Drop the factors: parameters may have been replaced. Those that are written to in place are noticed."""
         self._factors: tuple[Tensor, list[Tensor]] | None = None
+        self._parameters: list[nn.Parameter] = []
         self._versions: list[int] = []
-        self._made_for: tuple[Tensor, Tensor] | None = None
-        self._products: list[Tensor] = []
 
     def add_update(self, y: Tensor, x: Tensor, layer: PackedLinear, rows: "RowsInUse") -> Tensor:
         """``y`` (B, ..., d_out) plus the update of each row's adapter to x (B, ..., d_in); may write into ``y``."""
@@ -139,16 +141,16 @@ class Readers:
         """One scaled product with A a layer: (tokens, K·r) masked, or (B, T, r) with the row's own adapter."""
         x_BTd, shape = x.reshape(x.shape[0], -1, x.shape[-1]), (len(self.layers), -1)
         if self.masked:
-            products = (x_BTd @ A).unflatten(2, shape) * rows.mask_BR.to(A.dtype)[:, None, None]
+            products = (x_BTd @ A).unflatten(2, shape).mul_(rows.mask_BR.to(A.dtype)[:, None, None])
             return list(products.flatten(0, 1).unbind(1))
-        products = torch.bmm(x_BTd, A[rows.index_B]) * rows.scale_B.to(A.dtype)[:, None, None]
+        products = torch.bmm(x_BTd, A[rows.index_B]).mul_(rows.scale_B.to(A.dtype)[:, None, None])
         return list(products.unflatten(2, shape).unbind(2))
 
     def _current_factors(self) -> tuple[Tensor, list[Tensor]]:
-        """The layers' A side by side, and each layer's B; built again after a parameter in training has changed."""
-        versions = [p._version for layer in self.layers for p in (*layer.A, *layer.B) if p.requires_grad]
-        if self._factors is None or versions != self._versions:
-            self._versions = versions
+        """The layers' A side by side, and each layer's B; made again after a parameter was written to."""
+        if self._factors is None or self._versions != [p._version for p in self._parameters]:
+            self._parameters = [p for layer in self.layers for p in (*layer.A, *layer.B)]
+            self._versions = [p._version for p in self._parameters]
             if self.masked:  # (d_in, layers·K·r), (K·r, d_out)
                 A = torch.cat([a for layer in self.layers for a in layer.A], dim=1)
                 Bs = [torch.cat(list(layer.B)) for layer in self.layers]
@@ -269,7 +271,6 @@ def import_adapter(model: nn.Module, rows: RowMask, cluster: int, folder: Path) 
                     )
                 A[:, :rank] = a.to(A)
                 B[:rank] = b.to(B)
-            layer.readers.forget()
     divisor = math.sqrt(rank) if description.get("use_rslora") else rank
     rows.scalings_K[cluster] = description["lora_alpha"] / divisor
 
