@@ -12,6 +12,7 @@ Symbols: U people of a batch, N positions, k candidates, J width of a vector.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -55,16 +56,25 @@ def fit_vectors(
     """
     if not bool((prior.precision_J > 0).all()):
         raise ValueError("the prior's precisions must be positive: without it a vector's minimum may not exist")
-    fits: list[Fit | None] = [None] * len(people)
+    fits: dict[int, Fit] = {}
     limit = batch_bytes or (1 << 30 if head.project_dJ.is_cuda else 8 << 20)
+    batches = list(_batches(people, 4 * head.width, limit))
+
+    def fit(batch: list[int]) -> dict[int, Fit]:
+        found = _fit([people[number] for number in batch], head, prior, tolerance, max_iterations)
+        return dict(zip(batch, found, strict=True))
+
+    # A person's steps are too short to be shared by threads, so each thread takes people of its own.
+    threads = torch.get_num_threads()
     with progress.meter("fitting vectors", len(people), unit="person") as bar:
-        for batch in _batches(people, 4 * head.width, limit):
-            for number, fit in zip(
-                batch, _fit([people[n] for n in batch], head, prior, tolerance, max_iterations), strict=True
-            ):
-                fits[number] = fit
-            bar.update(len(batch))
-    return [fit for fit in fits if fit is not None]
+        try:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                for done in pool.map(fit, batches):
+                    fits.update(done)
+                    bar.update(len(done))
+        finally:
+            torch.set_num_threads(threads)
+    return [fits[number] for number in range(len(people))]
 
 
 def _batches(people: Sequence[Positions], row_bytes: int, limit: int) -> Iterator[list[int]]:
@@ -92,8 +102,6 @@ class _Objective:
         features_UNd = _padded([one.features_Nd for one in people], longest, 0.0)
         candidates_UNk = _padded([one.candidates_Nk for one in people], longest, 0)
         target_UN = _padded([one.target_N for one in people], longest, ABSENT)
-        if not all(map(_finite, people)):
-            raise ValueError("the positions to fit hold NaN or infinite values: the model's forward pass failed there")
         # In place: these rows are most of the work, and one copy of them fits in the cache where two do not.
         self.phi_UNkJ = F.embedding(candidates_UNk, head.output_VJ)
         self.phi_UNkJ.mul_((features_UNd @ head.project_dJ)[:, :, None, :])
@@ -135,6 +143,8 @@ def _fit(people: Sequence[Positions], head: Head, prior: Prior, tolerance: float
     objective = _Objective(people, head, prior)
     vectors_UJ = prior.mean_J.double().repeat(len(people), 1)
     values_U, gradients_UJ, weights_UNk = objective(vectors_UJ)
+    if not bool(torch.isfinite(gradients_UJ).all()):
+        raise ValueError("the positions to fit hold NaN or infinite values: the model's forward pass failed there")
     iterations_U = torch.zeros(len(people), dtype=torch.long, device=vectors_UJ.device)
     moving_U = gradients_UJ.norm(dim=1) > tolerance
     renew = True
@@ -217,7 +227,3 @@ def _padded(tensors: Sequence[Tensor], length: int, value: float) -> Tensor:
     if len(tensors) == 1:
         return tensors[0][None]
     return torch.stack([F.pad(t, (*([0, 0] * (t.dim() - 1)), 0, length - t.shape[0]), value=value) for t in tensors])
-
-
-def _finite(positions: Positions) -> bool:
-    return bool(torch.isfinite(positions.features_Nd).all() and torch.isfinite(positions.log_probs_Nk).all())
