@@ -98,6 +98,11 @@ def test_borders_of_retrieval() -> None:
         prompts.Retriever(lamp(), [item(0, user="u"), item(1, user="v")])
 
 
+def test_building_an_index_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    prompts.Retriever(lamp(), [item(0, "a"), item(1, "b")])
+    assert not caplog.records
+
+
 def test_one_retriever_a_person() -> None:
     found = prompts.retrievers(lamp(), [item(0, user="u"), item(0, user="v"), item(1, user="u")])
     assert {user: len(retriever.items) for user, retriever in found.items()} == {"u": 2, "v": 1}

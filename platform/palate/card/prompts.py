@@ -10,6 +10,7 @@ floored for words in more than half of the items, against Lucene's ln(1 + the sa
 recent item, as there.
 """
 
+import logging
 from collections.abc import Collection, Iterable, Sequence
 
 import bm25s
@@ -17,6 +18,8 @@ import numpy as np
 
 from palate.corpora.schema import Item, Question, Task
 from palate.models.causal_lm import LoadedModel, render_prompt
+
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for DEBUG, and says a line for every index built
 
 INPUT_SHARE = 0.6  # of the token budget is the request's before history items get any
 JOINT = ", and "
