@@ -1,0 +1,130 @@
+"""Run a training worker in this process, as one of torchrun's, or on a Ray cluster by Ray Train.
+
+Checkpoints and logs are the train loop's own, in the run folder: a worker group that Ray starts again, here or on other
+machines, goes on from them. What Ray Train keeps (under ``FOLDER/ray``) holds no state; its reports only show
+progress. The run folder must be storage that all workers see, a shared folder or a URL, and the workers must have
+palate installed, or on their PYTHONPATH.
+
+On retry: starting the same command again goes on where the last one stopped.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from palate import artifacts
+from palate.training.guards import TrainingStopped
+from palate.training.parallel import World, backend, run_local, run_torchrun
+
+Launcher = Literal["local", "torchrun", "ray"]
+Config = TypeVar("Config")
+Result = TypeVar("Result")
+
+# Errors that the same data and configuration would bring again.
+FINAL = (TrainingStopped, artifacts.ArtifactError, ValueError, TypeError, ImportError)
+
+log = logging.getLogger(__name__)
+
+
+def launch(
+    worker: Callable[[Config, World], Result],
+    config: Config,
+    *,
+    launcher: Launcher,
+    workers: int = 1,
+    folder: str | Path,
+) -> Result:
+    """Run ``worker(config, world)``, a module-level function, on every rank; returns what rank 0's returned.
+
+    Only ``ray`` imports Ray, and only it starts the ``workers``: ``local`` is one process, and torchrun has started
+    its own before this is called.
+
+    Raises:
+        ValueError: ``local`` with more than one worker.
+    """
+    if launcher == "ray":
+        return run_ray(worker, config, workers=workers, folder=folder)
+    if launcher == "torchrun":
+        return run_torchrun(worker, config)
+    if workers > 1:
+        raise ValueError(
+            f"--launcher local is one process, but --workers is {workers}: start the script by `torchrun "
+            f"--nproc-per-node {workers}` with --launcher torchrun, or use --launcher ray"
+        )
+    return run_local(worker, config)
+
+
+def run_ray(
+    worker: Callable[[Config, World], Result],
+    config: Config,
+    *,
+    workers: int,
+    folder: str | Path,
+    use_gpu: bool | None = None,
+    failures: int = 3,
+) -> Result:
+    """Run ``worker`` on ``workers`` ranks of the Ray cluster that is there, or of one started on this machine.
+
+    Args:
+        use_gpu: a GPU for each worker; by default if the cluster has as many.
+        failures: how often a group whose worker died is started again. An error that would come again is raised at
+            once, as the worker raised it; preempted nodes are waited for without a limit.
+
+    Raises:
+        ray.train.TrainingFailedError: workers died more often than ``failures``.
+    """
+    import ray
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+    from ray.train import RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    if not ray.is_initialized():
+        ray.init()
+    if use_gpu is None:
+        use_gpu = ray.cluster_resources().get("GPU", 0) >= workers
+    filesystem, root = artifacts.locate(folder)
+    for attempt in range(failures + 1):
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"worker": worker, "config": config, "cwd": os.getcwd()},  # noqa: PTH109
+            torch_config=TorchConfig(backend=backend("cuda" if use_gpu else "cpu")),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+            run_config=RunConfig(
+                # Ray silently resumes a run whose name it has seen; there is nothing of Ray's to resume.
+                name=f"{Path(root).name}-{time.time_ns():x}",
+                storage_path=f"{root}/ray",
+                storage_filesystem=PyFileSystem(FSSpecHandler(filesystem)),
+            ),
+        )
+        try:
+            return trainer.fit().return_value
+        except WorkerGroupError as error:
+            causes = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
+            if final := next((cause for cause in causes if isinstance(cause, FINAL)), None):
+                raise final from error
+            if attempt == failures:
+                raise
+            log.warning("a worker died; starting the group again, %d of %d: %s", attempt + 1, failures, error)
+    raise AssertionError  # the last attempt returned or raised
+
+
+def _work(settings: dict[str, Any]) -> Any:
+    """What each Ray Train worker runs."""
+    import ray.train
+    import ray.train.torch
+
+    # Ray Train moves its workers into a folder of their own; relative paths are meant from where the driver stands.
+    if Path(settings["cwd"]).is_dir():
+        os.chdir(settings["cwd"])
+    world = replace(World.current(ray.train.torch.get_device()), report=_report)
+    return settings["worker"](settings["config"], world)
+
+
+def _report(figures: Mapping[str, float]) -> None:
+    import ray.train
+
+    ray.train.report(dict(figures))  # a barrier: every rank comes here equally often

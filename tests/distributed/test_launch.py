@@ -1,0 +1,90 @@
+"""Training workers under the three launchers."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+import toy_training as toy
+from palate.distributed.launch import launch, run_ray
+from palate.training.guards import NonFinite
+from palate.training.logging import read
+from palate.training.parallel import World
+
+WITHOUT_RAY = """
+import sys
+import toy_training as toy
+from palate.distributed.launch import launch
+settings = toy.ToyConfig(sys.argv[1], steps=2)
+summary = launch(toy.run, settings, launcher="local", folder=settings.folder)
+assert summary["steps"] == 2
+assert not [name for name in sys.modules if name == "ray" or name.startswith("ray.")]
+"""
+
+
+def test_local_never_imports_ray(tmp_path):
+    command = [sys.executable, "-c", WITHOUT_RAY, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(read(tmp_path)) == 2
+
+
+def test_launchers_say_what_they_need(tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match=r"--workers is 2: start the script by `torchrun --nproc-per-node 2`"):
+        launch(toy.run, toy.ToyConfig(str(tmp_path)), launcher="local", workers=2, folder=tmp_path)
+    with pytest.raises(ValueError, match="needs torchrun's environment"):
+        launch(toy.run, toy.ToyConfig(str(tmp_path)), launcher="torchrun", folder=tmp_path)
+
+
+def stopping(settings: toy.ToyConfig, world: World) -> None:
+    raise NonFinite("step 3: the loss is nan; samples: s/1; groups: a.")
+
+
+@pytest.mark.slow
+def test_ray_trains_the_same_and_returns_the_summary(tmp_path, ray_cluster):
+    settings = toy.ToyConfig(str(tmp_path / "ray"))
+    summary = launch(toy.run, settings, launcher="ray", workers=1, folder=settings.folder)
+    assert (summary["steps"], summary["resumed"]) == (12, 0)
+    plain = replace(settings, folder=str(tmp_path / "plain"))
+    launch(toy.run, plain, launcher="local", folder=plain.folder)
+    assert toy.trace(settings.folder) == toy.trace(plain.folder)
+
+
+def test_an_error_that_would_come_again_is_raised_as_it_is(tmp_path, ray_cluster):
+    with pytest.raises(NonFinite, match="samples: s/1"):
+        launch(stopping, toy.ToyConfig(str(tmp_path)), launcher="ray", folder=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workers", "kill"), [(1, {"kill_fault": "before manifest"}), (2, {"kill_step": 7, "kill_rank": 1})]
+)
+def test_a_killed_worker_is_started_again_and_nothing_changes(tmp_path, ray_cluster, workers, kill):
+    whole = toy.ToyConfig(str(tmp_path / "whole"))
+    if workers == 1:
+        launch(toy.run, whole, launcher="local", folder=whole.folder)
+    else:
+        run_ray(toy.run, whole, workers=workers, folder=whole.folder)
+    killed = toy.ToyConfig(str(tmp_path / "killed"), **kill)
+    summary = run_ray(toy.run, killed, workers=workers, folder=killed.folder, failures=1)
+    assert (tmp_path / "killed" / "killed").exists()
+    assert summary["resumed"] == 4
+    assert toy.trace(killed.folder) == toy.trace(whole.folder)
+
+
+@pytest.mark.slow
+def test_a_failed_run_goes_on_with_another_number_of_workers(tmp_path, ray_cluster):
+    import ray.train
+
+    settings = toy.ToyConfig(str(tmp_path / "killed"), dropout=0.0, kill_step=7)
+    with pytest.raises(ray.train.TrainingFailedError):
+        run_ray(toy.run, settings, workers=2, folder=settings.folder, failures=0)
+    summary = run_ray(toy.run, settings, workers=1, folder=settings.folder)
+    assert summary["resumed"] == 4
+    plain = toy.ToyConfig(str(tmp_path / "plain"), dropout=0.0)
+    toy.run(plain, World())
+    assert [row["fingerprint"] for row in read(settings.folder)] == [row["fingerprint"] for row in read(plain.folder)]
+    expected = [row["loss"] for row in read(plain.folder)]
+    assert [row["loss"] for row in read(settings.folder)] == pytest.approx(expected, rel=1e-5)
