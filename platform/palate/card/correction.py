@@ -44,15 +44,22 @@ class Head:
     project_dJ: Tensor
     output_VJ: Tensor
     top_k: int
+    bias_J: Tensor | None = None  # added to the projection: what a person prefers whatever the context
 
     @property
     def width(self) -> int:
         return self.project_dJ.shape[1]
 
 
+def gates(head: Head, features: Tensor) -> Tensor:
+    """What the person's vector is multiplied with: features (..., d) projected to (..., J)."""
+    projected = features @ head.project_dJ
+    return projected if head.bias_J is None else projected + head.bias_J
+
+
 def candidate_rows(head: Head, features_Nd: Tensor, candidates_Nk: Tensor) -> Tensor:
     """Phi of shape (N, k, J) with ``Delta = Phi p``: the correction is linear in the user's vector."""
-    gates_NJ = features_Nd @ head.project_dJ
+    gates_NJ = gates(head, features_Nd)
     return head.output_VJ[candidates_Nk] * gates_NJ[:, None, :]
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from palate import progress
-from palate.card.correction import Head
+from palate.card.correction import Head, gates
 from palate.card.preferences import ABSENT, Fit, Positions, Prior, normalizer
 
 _HISTORY = 10  # steps until the Hessian is taken anew
@@ -104,7 +104,7 @@ class _Objective:
         target_UN = _padded([one.target_N for one in people], longest, ABSENT)
         # In place: these rows are most of the work, and one copy of them fits in the cache where two do not.
         self.phi_UNkJ = F.embedding(candidates_UNk, head.output_VJ)
-        self.phi_UNkJ.mul_((features_UNd @ head.project_dJ)[:, :, None, :])
+        self.phi_UNkJ.mul_(gates(head, features_UNd)[:, :, None, :])
         chosen = target_UN.clamp(min=0)[:, :, None, None].expand(-1, -1, 1, head.width)
         chosen_UNJ = self.phi_UNkJ.gather(2, chosen).squeeze(2) * (target_UN != ABSENT)[:, :, None]
         self.chosen_UJ = chosen_UNJ.sum(1, dtype=torch.float64)

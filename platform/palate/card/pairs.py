@@ -17,8 +17,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from palate.corpora.schema import Item, normalized
 
-OWN, CLUSTER, OTHER = "own", "cluster", "other"
 Kind = Literal["own", "cluster", "other"]
+OWN: Kind = "own"
+CLUSTER: Kind = "cluster"
+OTHER: Kind = "other"
 
 TEXTS = pa.schema(
     [
