@@ -255,6 +255,8 @@ class _Run:
                 f"{[group.name for group in self.groups]}"
             )
         pairs = [(unit, item.value) for unit, item in zip(mine, loaded, strict=True)]
+        # Where the method says what tokens are, samples of like length share a micro-batch: less padding.
+        pairs.sort(key=lambda pair: 0.0 if pair[1] is None else self.weigh(pair[1]).get("tokens", 0.0))
         done = self._backward(units, pairs, totals) if active else []
         norms = self._reduce_gradients(active)
         loss, metrics = self._gather([output for _, output in done])
