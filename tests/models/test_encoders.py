@@ -8,15 +8,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from palate.models import encoders
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    *["the", "night", "train", "an", "old", "cinema", "was", "late", "and", "loud"],
-    "поезд",
-    "夜",
-]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+WORDS = [*SPECIAL, "the", "night", "train", "an", "old", "cinema", "was", "late", "and", "loud", "поезд", "夜"]
 
 
 @pytest.fixture(scope="module")
