@@ -6,6 +6,8 @@ hub encoder, mean-pooled, is the alternative (``palate.models.encoders``).
 
 import json
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,8 +32,12 @@ FUNCTION_WORDS = (
 # fmt: on
 MARKS = (".", ",", "!", "?", ":", ";", "-", "(", "'", '"', "…", "...")
 ENDINGS = (".", "!", "?", "...")
+# The same habit in another script counts as the same: full-width and ideographic marks, Arabic and Devanagari ones.
+SAME_MARKS = str.maketrans("。．！？，、；：（－،؟؛।", "..!?,,;:(-,?;.")
 OUTLIER = 3.0  # standard deviations
 STABLE = 0.5  # the least mean adjusted Rand index of clusters that count as found
+
+SILHOUETTE_PEOPLE = 5000
 
 STYLE_MAP = "style_map.safetensors"
 CENTROIDS = "centroids.safetensors"
@@ -62,7 +68,7 @@ class StyleMap:
     def __call__(self, histories: Sequence[Sequence[str]]) -> np.ndarray:
         """Embeddings of people, shape (people, D + F), from each one's own texts.
 
-        A person without texts gets the zero vector, which is the middle of the population.
+        A person without texts gets the zero vector: as far from everyone, and nearest to the most mixed cluster.
         """
         grams = _counts(histories, len(self.idf_H)).multiply(self.idf_H).tocsr()
         reduced = normalize(grams) @ self.components_DH.T
@@ -96,7 +102,9 @@ def fit_style_map(histories: Sequence[Sequence[str]], config: StyleConfig) -> St
 
 def surface_features(texts: Sequence[str]) -> np.ndarray:
     """Habits of writing that hardly depend on the topic: lengths, case, punctuation, digits, function words."""
+    texts = [text.translate(SAME_MARKS) for text in texts]
     joined = "\n".join(texts)
+    categories = Counter(map(unicodedata.category, joined))
     characters, words = max(len(joined), 1), re.findall(r"\w+", joined)
     count = max(len(words), 1)
     lower = [word.lower() for word in words]
@@ -109,6 +117,7 @@ def surface_features(texts: Sequence[str]) -> np.ndarray:
         sum(start.isupper() for start in starts) / max(len(texts), 1),
         sum(character.isdigit() for character in joined) / characters,
         sum(not character.isascii() for character in joined) / characters,
+        categories["So"] / characters,  # emoji, whatever the script around them
         len(set(lower)) / count,
         *(joined.count(mark) / max(len(texts), 1) for mark in MARKS),
         *(sum(text.rstrip().endswith(mark) for text in texts) / max(len(texts), 1) for mark in ENDINGS),
@@ -128,8 +137,8 @@ class Clustering:
 
 def nearest(centroids_KE: np.ndarray, embeddings_UE: np.ndarray) -> np.ndarray:
     """The nearest centroid of each person, shape (people,)."""
-    distances = ((embeddings_UE[:, None, :] - centroids_KE[None]) ** 2).sum(-1)
-    return distances.argmin(1)
+    # Without the person's own norm, which is the same for all centroids; no array of people x clusters x width.
+    return ((centroids_KE**2).sum(1) - 2 * embeddings_UE @ centroids_KE.T).argmin(1)
 
 
 def cluster(embeddings: Mapping[str, np.ndarray], clusters: int | None, seed: int, largest: int = 16) -> Clustering:
@@ -154,7 +163,7 @@ def cluster(embeddings: Mapping[str, np.ndarray], clusters: int | None, seed: in
 
 def save_style_map(style_map: StyleMap, folder: Path) -> None:
     """Write as safetensors."""
-    save_file({field.name: getattr(style_map, field.name) for field in fields(StyleMap)}, folder / STYLE_MAP)
+    _save({field.name: getattr(style_map, field.name) for field in fields(StyleMap)}, folder / STYLE_MAP)
 
 
 def load_style_map(file: Path) -> StyleMap:
@@ -164,7 +173,7 @@ def load_style_map(file: Path) -> StyleMap:
 
 def save_clustering(clustering: Clustering, folder: Path) -> None:
     """Write the centroids, and the curve where K was chosen, as data and as a plot."""
-    save_file({"centroids_KE": clustering.centroids_KE}, folder / CENTROIDS)
+    _save({"centroids_KE": clustering.centroids_KE}, folder / CENTROIDS)
     if clustering.curve:
         (folder / "curve.json").write_text(json.dumps(clustering.curve, indent=2) + "\n")
         plot_curve(clustering, folder / "curve.png")
@@ -175,35 +184,45 @@ def load_centroids(file: Path) -> np.ndarray:
     return load_file(file)["centroids_KE"]
 
 
+def _save(arrays: Mapping[str, np.ndarray], file: Path) -> None:
+    # safetensors writes an array's memory as it lies, whatever its strides: scikit-learn's are often in column order.
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, file)
+
+
 def plot_curve(clustering: Clustering, file: Path) -> None:
     """Draw silhouette and stability against the number of clusters, the chosen one marked."""
-    import matplotlib
+    from matplotlib.figure import Figure  # no pyplot: it would take over a notebook's back end
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    counts = [row["clusters"] for row in clustering.curve]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(counts, [row["silhouette"] for row in clustering.curve], marker="o", label="silhouette")
-    axes.plot(counts, [row["stability"] for row in clustering.curve], marker="s", label="stability (adjusted Rand)")
-    axes.axvline(len(clustering.centroids_KE), color="0.6", linestyle="--", label="chosen")
-    axes.axhline(STABLE, color="0.85", linewidth=1)
-    axes.set(xlabel="clusters", ylabel="score", title="How many clusters of style")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False)
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    counts, chosen = [row["clusters"] for row in clustering.curve], len(clustering.centroids_KE)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.axhspan(STABLE, 1, color="#e3f0e3", zorder=0, label=f"stable (at least {STABLE})")
+    for name, label, color, marker in (
+        ("stability", "stability (adjusted Rand index of halves)", "#2a7f62", "s"),
+        ("silhouette", "silhouette", "#1f4e8c", "o"),
+    ):
+        axes.plot(counts, [row[name] for row in clustering.curve], color=color, marker=marker, label=label)
+    axes.axvline(chosen, color="#b5482a", linestyle="--", linewidth=1.2)
+    axes.annotate(f"chosen: {chosen}", (chosen, 0.0), xytext=(5, -10), textcoords="offset points", color="#b5482a")
+    lowest = min(0.0, *(row[name] for row in clustering.curve for name in ("silhouette", "stability")))
+    axes.set(xlabel="clusters", ylabel="score", ylim=(lowest - 0.05, 1.0), xticks=counts)
+    axes.set_title("How many clusters of style", loc="left", fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(0.0, 1.16), ncols=3)
+    figure.savefig(file, dpi=140)
 
 
 def _choose(points: np.ndarray, candidates: range, seed: int) -> tuple[int, list[dict[str, float]]]:
     curve = []
     for count in candidates:
         labels = nearest(_kmeans(points, count, seed), points)
-        scored = 1 < len(set(labels)) < len(points)
+        # Its cost grows with the square of the number of people: of many, some.
+        sample = np.random.default_rng(seed).permutation(len(points))[:SILHOUETTE_PEOPLE]
+        scored = 1 < len(set(labels[sample])) < len(sample)
         curve.append(
             {
                 "clusters": float(count),
-                "silhouette": float(silhouette_score(points, labels)) if scored else 0.0,
+                "silhouette": float(silhouette_score(points[sample], labels[sample])) if scored else 0.0,
                 "stability": _stability(points, count, seed),
                 "smallest": float(np.bincount(labels, minlength=count).min()),
             }
