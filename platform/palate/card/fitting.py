@@ -11,6 +11,7 @@ length of a vector, in float64.
 Symbols: U people of a batch, N positions, k candidates, J width of a vector.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -60,9 +61,16 @@ def fit_vectors(
     limit = batch_bytes or (1 << 30 if head.project_dJ.is_cuda else 8 << 20)
     batches = list(_batches(people, 4 * head.width, limit))
 
+    # Each thread's rows lie in the same memory for all its batches: to get megabytes anew from the system takes longer
+    # than to fill them. The longest batch comes first.
+    reused = threading.local()
+
     def fit(batch: list[int]) -> dict[int, Fit]:
-        found = _fit([people[number] for number in batch], head, prior, tolerance, max_iterations)
-        return dict(zip(batch, found, strict=True))
+        members = [people[number] for number in batch]
+        size = len(members) * max(one.candidates_Nk.numel() for one in members) * head.width
+        if getattr(reused, "memory", None) is None or reused.memory.numel() < size:
+            reused.memory = head.output_VJ.new_empty(size)
+        return dict(zip(batch, _fit(members, head, prior, tolerance, max_iterations, reused.memory), strict=True))
 
     # A person's steps are too short to be shared by threads, so each thread takes people of its own.
     threads = torch.get_num_threads()
@@ -94,7 +102,7 @@ def _batches(people: Sequence[Positions], row_bytes: int, limit: int) -> Iterato
 class _Objective:
     """The objectives of U people, padded to the longest; values in float64."""
 
-    def __init__(self, people: Sequence[Positions], head: Head, prior: Prior) -> None:
+    def __init__(self, people: Sequence[Positions], head: Head, prior: Prior, memory: Tensor) -> None:
         self.lengths = [len(one.target_N) for one in people]
         longest, k = max(self.lengths), people[0].candidates_Nk.shape[1]
         # A candidate of probability zero in a place that adds nothing: padding changes neither value nor gradient.
@@ -103,7 +111,9 @@ class _Objective:
         candidates_UNk = _padded([one.candidates_Nk for one in people], longest, 0)
         target_UN = _padded([one.target_N for one in people], longest, ABSENT)
         # In place: these rows are most of the work, and one copy of them fits in the cache where two do not.
-        self.phi_UNkJ = F.embedding(candidates_UNk, head.output_VJ)
+        rows = memory[: candidates_UNk.numel() * head.width].view(-1, head.width)
+        torch.index_select(head.output_VJ, 0, candidates_UNk.reshape(-1), out=rows)
+        self.phi_UNkJ = rows.view(*candidates_UNk.shape, head.width)
         self.phi_UNkJ.mul_(gates(head, features_UNd)[:, :, None, :])
         chosen = target_UN.clamp(min=0)[:, :, None, None].expand(-1, -1, 1, head.width)
         chosen_UNJ = self.phi_UNkJ.gather(2, chosen).squeeze(2) * (target_UN != ABSENT)[:, :, None]
@@ -137,10 +147,13 @@ class _Objective:
         return torch.linalg.cholesky(hessians + rounding_U[:, None, None] * torch.eye(hessians.shape[1]).to(hessians))
 
 
-def _fit(people: Sequence[Positions], head: Head, prior: Prior, tolerance: float, max_iterations: int) -> list[Fit]:
+@torch.no_grad()  # in each thread anew
+def _fit(
+    people: Sequence[Positions], head: Head, prior: Prior, tolerance: float, max_iterations: int, memory: Tensor
+) -> list[Fit]:
     if not max(len(one.target_N) for one in people):
         return [Fit(prior.mean_J.clone(), 0.0, 0) for _ in people]
-    objective = _Objective(people, head, prior)
+    objective = _Objective(people, head, prior, memory)
     vectors_UJ = prior.mean_J.double().repeat(len(people), 1)
     values_U, gradients_UJ, weights_UNk = objective(vectors_UJ)
     if not bool(torch.isfinite(gradients_UJ).all()):
@@ -153,8 +166,8 @@ def _fit(people: Sequence[Positions], head: Head, prior: Prior, tolerance: float
             break
         if renew:
             factors_UJJ = objective.factors(weights_UNk)
-            memory: list[tuple[Tensor, Tensor, Tensor]] = []
-        directions_UJ = -_inverse_hessian_times(gradients_UJ, memory, factors_UJJ)
+            pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+        directions_UJ = -_inverse_hessian_times(gradients_UJ, pairs, factors_UJJ)
         slopes_U = (gradients_UJ * directions_UJ).sum(1)
         steps_U = moving_U.double()
         while True:
@@ -174,16 +187,16 @@ def _fit(people: Sequence[Positions], head: Head, prior: Prior, tolerance: float
         curvature_U = (moved_UJ * bent_UJ).sum(1)
         # Zero for whoever did not move: the pair then changes nothing.
         inverse_U = torch.where(curvature_U > 0, 1 / curvature_U.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-        memory.append((moved_UJ, bent_UJ, inverse_U))
+        pairs.append((moved_UJ, bent_UJ, inverse_U))
         # Who had to shorten a step is far from where the Hessian was taken.
-        renew = len(memory) == _HISTORY or bool((steps_U < moving_U.double()).any())
+        renew = len(pairs) == _HISTORY or bool((steps_U < moving_U.double()).any())
         iterations_U += moving_U
         still_U = steps_U > 0
         vectors_UJ = torch.where(still_U[:, None], trial_UJ, vectors_UJ)
         gradients_UJ = torch.where(still_U[:, None], trial_gradients_UJ, gradients_UJ)
         values_U = torch.where(still_U, trial_values_U, values_U)
         # Who cannot move although the Hessian was taken here is at the limit of the arithmetic.
-        moving_U = moving_U & (still_U | (len(memory) > 1)) & (gradients_UJ.norm(dim=1) > tolerance)
+        moving_U = moving_U & (still_U | (len(pairs) > 1)) & (gradients_UJ.norm(dim=1) > tolerance)
     norms = gradients_UJ.norm(dim=1).tolist()
     return [
         Fit(vector_J.float(), norm, iterations)
@@ -192,16 +205,16 @@ def _fit(people: Sequence[Positions], head: Head, prior: Prior, tolerance: float
 
 
 def _inverse_hessian_times(
-    gradients_UJ: Tensor, memory: Sequence[tuple[Tensor, Tensor, Tensor]], factors_UJJ: Tensor
+    gradients_UJ: Tensor, pairs: Sequence[tuple[Tensor, Tensor, Tensor]], factors_UJJ: Tensor
 ) -> Tensor:
     """L-BFGS's two loops, with the factored Hessian where the usual form has a multiple of the identity."""
     result_UJ, shares = gradients_UJ.clone(), []
-    for moved_UJ, bent_UJ, inverse_U in reversed(memory):
+    for moved_UJ, bent_UJ, inverse_U in reversed(pairs):
         share_U = inverse_U * (moved_UJ * result_UJ).sum(1)
         result_UJ -= share_U[:, None] * bent_UJ
         shares.append(share_U)
     result_UJ = torch.cholesky_solve(result_UJ[:, :, None], factors_UJJ).squeeze(2)
-    for (moved_UJ, bent_UJ, inverse_U), share_U in zip(memory, reversed(shares), strict=True):
+    for (moved_UJ, bent_UJ, inverse_U), share_U in zip(pairs, reversed(shares), strict=True):
         result_UJ += (share_U - inverse_U * (bent_UJ * result_UJ).sum(1))[:, None] * moved_UJ
     return result_UJ
 
@@ -213,9 +226,10 @@ def _curvature(phi_NkJ: Tensor, weights_Nk: Tensor, negligible: float = 1e-2) ->
     gradient vanishes. Written as a sum of squares, with ``1 - sum_c w_c`` for what lies outside the kept candidates, so
     that rounding leaves it positive semidefinite.
     """
-    position_M, candidate_M = (weights_Nk > negligible).nonzero(as_tuple=True)
-    rows_MJ, weights_M = phi_NkJ[position_M, candidate_M], weights_Nk[position_M, candidate_M]
-    count, width = phi_NkJ.shape[0], phi_NkJ.shape[2]
+    count, k, width = phi_NkJ.shape
+    kept_M = (weights_Nk.reshape(-1) > negligible).nonzero().squeeze(1)
+    rows_MJ, weights_M = phi_NkJ.view(-1, width).index_select(0, kept_M), weights_Nk.reshape(-1)[kept_M]
+    position_M = kept_M // k
     mean_NJ = phi_NkJ.new_zeros(count, width).index_add_(0, position_M, rows_MJ * weights_M[:, None])
     outside_N = (1 - phi_NkJ.new_zeros(count).index_add_(0, position_M, weights_M)).clamp(min=0)
     centred_MJ = (rows_MJ - mean_NJ[position_M]) * weights_M.sqrt()[:, None]
