@@ -139,7 +139,7 @@ def test_a_damaged_history_stops_with_gits_words(repository, tmp_path):
         repository.commit("Ann Lee <ann@x.example>", f"subject {number}\n\nbody {number}")
     first = repository.run("rev-list", "--max-parents=0", "HEAD").strip()
     (repository.path / ".git" / "objects" / first[:2] / first[2:]).unlink()
-    with pytest.raises(CorpusError, match="git log stopped: .*"):
+    with pytest.raises(CorpusError, match="git log stopped"):
         prepared(repository, tmp_path)
 
 

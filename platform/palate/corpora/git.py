@@ -259,7 +259,7 @@ def _log(repository: str, revision: str, form: str) -> Iterator[str]:
     git = ["git", "-C", repository, "-c", "i18n.logOutputEncoding=UTF-8", "-c", "log.showSignature=false"]
     counted = subprocess.run([*git, "rev-list", "--count", revision], capture_output=True, text=True, check=False)
     total = int(counted.stdout) if counted.returncode == 0 else None
-    command = [*git, "log", "-z", "--use-mailmap", "--topo-order", "--reverse", f"--format={form}", revision]
+    command = [*git, "log", "-z", "--topo-order", "--reverse", f"--format={form}", revision]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
