@@ -50,12 +50,24 @@ def test_people_of_any_length_are_fitted_together_as_they_are_alone():
     people.insert(2, people[0].select(torch.zeros(60, dtype=torch.bool)))
     alone = [fitting.fit_vector(one, head, prior) for one in people]
     assert torch.equal(alone[2].vector_J, prior.mean_J)
-    for batch_bytes in (1, 10_000, 1 << 30):  # one at a time, some, all together
-        together = fitting.fit_vectors(people, head, prior, batch_bytes=batch_bytes)
-        for fit, one in zip(together, alone, strict=True):
-            assert fit.gradient_norm <= 1e-5
-            # Two points with gradients up to 1e-5 differ by at most their sum over the smallest curvature.
-            torch.testing.assert_close(fit.vector_J, one.vector_J, atol=1e-4, rtol=0)
+    for fit, one in zip(fitting.fit_vectors(people, head, prior), alone, strict=True):
+        assert fit.gradient_norm <= 1e-5
+        assert torch.equal(fit.vector_J, one.vector_J)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_nothing_and_their_number_stays(threads):
+    head, people = make_head(), [make_positions(30, seed)[0] for seed in range(8)]
+    prior = preferences.Prior(torch.zeros(WIDTH), torch.ones(WIDTH))
+    expected = [fitting.fit_vector(one, head, prior).vector_J for one in people]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = fitting.fit_vectors(people, head, prior)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(fit.vector_J, vector) for fit, vector in zip(found, expected, strict=True))
 
 
 def test_nobody_is_fitted_to_nothing():

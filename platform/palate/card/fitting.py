@@ -1,22 +1,23 @@
-"""The exact fit of user vectors, many people at a time.
+"""The exact fit of user vectors.
 
 The objective ``-sum_t log pi_u(y_t) + (p - m)' Lambda (p - m) / 2`` is smooth and strictly convex (see
 ``palate.card.preferences``), so its minimum is the only one whatever the path. The path here: L-BFGS with backtracking,
-started from each person's own Hessian, which is taken anew only when a step had to be shortened (Nocedal and Wright,
+started from the person's own Hessian, which is taken anew only when a step had to be shortened (Nocedal and Wright,
 algorithms 7.4 and 3.1). A Hessian costs as much as several gradients: this is Newton's method with fewer of them.
 
-Corrections and the candidates' probabilities are computed in float32; sums over positions, and all that has the
-length of a vector, in float64.
+One person at a time and a person a thread: what a gradient reads, N·k·J numbers, then stays in a processor's cache, and
+a batch of people was measured slower. Corrections and the candidates' probabilities are computed in float32; sums over
+positions, and all that has the length of a vector, in float64.
 
-Symbols: U people of a batch, N positions, k candidates, J width of a vector.
+Symbols: N positions, k candidates, J width of a vector.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from palate import progress
@@ -28,6 +29,36 @@ _SMALLEST_STEP = 1e-8
 _RESOLUTION = 1e-6  # of a position's term, computed in float32
 
 
+def fit_vectors(
+    people: Sequence[Positions], head: Head, prior: Prior, *, tolerance: float = 1e-5, max_iterations: int = 100
+) -> list[Fit]:
+    """The MAP vector of each person, in order. Without positions it is the prior mean.
+
+    Args:
+        people: each one's positions, on the head's device.
+        tolerance: on the norm of the gradient of the summed log-likelihood and the prior.
+
+    Raises:
+        ValueError: features or log-probabilities are not finite, or the prior's precision is not positive.
+    """
+    # Each thread keeps one block of memory for the rows of all its people: to get megabytes anew from the system takes
+    # longer than to fill them.
+    largest = max((one.candidates_Nk.numel() for one in people), default=0) * head.width
+    kept = threading.local()
+
+    def fit(positions: Positions) -> Fit:
+        if not hasattr(kept, "memory"):
+            kept.memory = head.output_VJ.new_empty(largest)
+        return _fit(positions, head, prior, tolerance, max_iterations, kept.memory)
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(progress.track(pool.map(fit, people), "fitting vectors", len(people)))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def fit_vector(
     positions: Positions, head: Head, prior: Prior, *, tolerance: float = 1e-5, max_iterations: int = 100
 ) -> Fit:
@@ -35,209 +66,116 @@ def fit_vector(
     return fit_vectors([positions], head, prior, tolerance=tolerance, max_iterations=max_iterations)[0]
 
 
-def fit_vectors(
-    people: Sequence[Positions],
-    head: Head,
-    prior: Prior,
-    *,
-    tolerance: float = 1e-5,
-    max_iterations: int = 100,
-    batch_bytes: int | None = None,
-) -> list[Fit]:
-    """The MAP vector of each person, in order. Without positions it is the prior mean.
+class _Objective:
+    """One person's negative log posterior: float64 in and out, on the device in between."""
 
-    Args:
-        people: each one's positions, on the head's device, all with the same number of candidates.
-        tolerance: on the norm of the gradient of the summed log-likelihood and the prior.
-        batch_bytes: how much the candidates' rows, N·k·J floats a person, may take in one batch. By default what
-            stays in a processor's cache, where one person at a time is fastest, or 1 GiB on an accelerator.
+    def __init__(self, positions: Positions, head: Head, prior: Prior, memory: Tensor) -> None:
+        self.log_probs_Nk = positions.log_probs_Nk
+        # In place: one copy of these rows fits in the cache where two do not.
+        self.phi_MJ = memory[: positions.candidates_Nk.numel() * head.width].view(-1, head.width)
+        torch.index_select(head.output_VJ, 0, positions.candidates_Nk.reshape(-1), out=self.phi_MJ)
+        self.phi_NkJ = self.phi_MJ.view(*positions.candidates_Nk.shape, head.width)
+        self.phi_NkJ.mul_(gates(head, positions.features_Nd)[:, None, :])
+        present_N = (positions.target_N != ABSENT).nonzero().squeeze(1)
+        chosen_NJ = self.phi_NkJ[present_N, positions.target_N[present_N]]
+        self.chosen_J = _numbers(chosen_NJ.sum(0, dtype=torch.float64))
+        self.mean_J, self.precision_J = _numbers(prior.mean_J), _numbers(prior.precision_J)
 
-    Raises:
-        ValueError: features or log-probabilities are not finite, or the prior's precision is not positive.
-    """
+    def __call__(self, vector_J: np.ndarray) -> tuple[float, np.ndarray, Tensor]:
+        """Value, gradient (J,), and the candidates' probabilities (N, k), which ``hessian`` takes."""
+        delta_M = self.phi_MJ @ torch.from_numpy(vector_J).to(self.phi_MJ)
+        log_normalizer_N, weights_Nk = normalizer(delta_M.view_as(self.log_probs_Nk), self.log_probs_Nk)
+        expected_NJ = (weights_Nk[:, None, :] @ self.phi_NkJ).squeeze(1)
+        centred_J = vector_J - self.mean_J
+        pull_J = self.precision_J * centred_J
+        value = float(log_normalizer_N.sum(dtype=torch.float64)) - self.chosen_J @ vector_J + 0.5 * pull_J @ centred_J
+        return value, _numbers(expected_NJ.sum(0, dtype=torch.float64)) - self.chosen_J + pull_J, weights_Nk
+
+    def hessian(self, weights_Nk: Tensor, negligible: float = 1e-2) -> np.ndarray:
+        """The Hessian (J, J) but for candidates of negligible weight.
+
+        To leave them out changes the path to the minimum and not the point where the gradient vanishes. Written as a
+        sum of squares, with ``1 - sum_c w_c`` for what lies outside the kept candidates, so that rounding leaves it
+        positive semidefinite.
+        """
+        count, k, width = self.phi_NkJ.shape
+        kept_M = (weights_Nk.reshape(-1) > negligible).nonzero().squeeze(1)
+        rows_MJ, weights_M, position_M = (
+            self.phi_MJ.index_select(0, kept_M),
+            weights_Nk.reshape(-1)[kept_M],
+            kept_M // k,
+        )
+        mean_NJ = rows_MJ.new_zeros(count, width).index_add_(0, position_M, rows_MJ * weights_M[:, None])
+        outside_N = (1 - rows_MJ.new_zeros(count).index_add_(0, position_M, weights_M)).clamp(min=0)
+        centred_MJ = rows_MJ.sub_(mean_NJ.index_select(0, position_M)).mul_(weights_M.sqrt()[:, None])
+        mean_NJ *= outside_N.sqrt()[:, None]
+        hessian_JJ = _numbers(centred_MJ.t() @ centred_MJ + mean_NJ.t() @ mean_NJ) + np.diag(self.precision_J)
+        # What float32 sums may have taken away.
+        return hessian_JJ + 1e-6 * hessian_JJ.diagonal().max() * np.eye(width)
+
+
+@torch.no_grad()  # it holds for one thread
+def _fit(positions: Positions, head: Head, prior: Prior, tolerance: float, max_iterations: int, memory: Tensor) -> Fit:
     if not bool((prior.precision_J > 0).all()):
         raise ValueError("the prior's precisions must be positive: without it a vector's minimum may not exist")
-    fits: dict[int, Fit] = {}
-    limit = batch_bytes or (1 << 30 if head.project_dJ.is_cuda else 8 << 20)
-    batches = list(_batches(people, 4 * head.width, limit))
-
-    # Each thread's rows lie in the same memory for all its batches: to get megabytes anew from the system takes longer
-    # than to fill them. The longest batch comes first.
-    reused = threading.local()
-
-    def fit(batch: list[int]) -> dict[int, Fit]:
-        members = [people[number] for number in batch]
-        size = len(members) * max(one.candidates_Nk.numel() for one in members) * head.width
-        if getattr(reused, "memory", None) is None or reused.memory.numel() < size:
-            reused.memory = head.output_VJ.new_empty(size)
-        return dict(zip(batch, _fit(members, head, prior, tolerance, max_iterations, reused.memory), strict=True))
-
-    # A person's steps are too short to be shared by threads, so each thread takes people of its own.
-    threads = torch.get_num_threads()
-    with progress.meter("fitting vectors", len(people), unit="person") as bar:
-        try:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                for done in pool.map(fit, batches):
-                    fits.update(done)
-                    bar.update(len(done))
-        finally:
-            torch.set_num_threads(threads)
-    return [fits[number] for number in range(len(people))]
-
-
-def _batches(people: Sequence[Positions], row_bytes: int, limit: int) -> Iterator[list[int]]:
-    """People of similar length together, as many as fit in ``limit`` when padded to the longest."""
-    batch: list[int] = []
-    order = sorted(range(len(people)), key=lambda number: -len(people[number].target_N))
-    for number in order:
-        longest = people[batch[0]] if batch else people[number]
-        if batch and (len(batch) + 1) * longest.candidates_Nk.numel() * row_bytes > limit:
-            yield batch
-            batch = []
-        batch.append(number)
-    if batch:
-        yield batch
-
-
-class _Objective:
-    """The objectives of U people, padded to the longest; values in float64."""
-
-    def __init__(self, people: Sequence[Positions], head: Head, prior: Prior, memory: Tensor) -> None:
-        self.lengths = [len(one.target_N) for one in people]
-        longest, k = max(self.lengths), people[0].candidates_Nk.shape[1]
-        # A candidate of probability zero in a place that adds nothing: padding changes neither value nor gradient.
-        self.log_probs_UNk = _padded([one.log_probs_Nk for one in people], longest, -torch.inf)
-        features_UNd = _padded([one.features_Nd for one in people], longest, 0.0)
-        candidates_UNk = _padded([one.candidates_Nk for one in people], longest, 0)
-        target_UN = _padded([one.target_N for one in people], longest, ABSENT)
-        # In place: these rows are most of the work, and one copy of them fits in the cache where two do not.
-        rows = memory[: candidates_UNk.numel() * head.width].view(-1, head.width)
-        torch.index_select(head.output_VJ, 0, candidates_UNk.reshape(-1), out=rows)
-        self.phi_UNkJ = rows.view(*candidates_UNk.shape, head.width)
-        self.phi_UNkJ.mul_(gates(head, features_UNd)[:, :, None, :])
-        chosen = target_UN.clamp(min=0)[:, :, None, None].expand(-1, -1, 1, head.width)
-        chosen_UNJ = self.phi_UNkJ.gather(2, chosen).squeeze(2) * (target_UN != ABSENT)[:, :, None]
-        self.chosen_UJ = chosen_UNJ.sum(1, dtype=torch.float64)
-        self.mean_J, self.precision_J = prior.mean_J.double(), prior.precision_J.double()
-        self.shape = (len(people), longest, k)
-
-    def __call__(self, vectors_UJ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Values (U,), gradients (U, J), and the probabilities of the candidates (U, N, k)."""
-        users, longest, k = self.shape
-        # A product a person: batched matrix times vector is far slower on a CPU.
-        rows = zip(self.phi_UNkJ.view(users, longest * k, -1), vectors_UJ.float(), strict=True)
-        delta_UNk = torch.stack([phi @ vector for phi, vector in rows]).view(self.shape)
-        log_normalizer, weights = normalizer(delta_UNk.view(-1, k), self.log_probs_UNk.view(-1, k))
-        weights_UNk = weights.view(self.shape)
-        expected_UNJ = (weights.view(-1, 1, k) @ self.phi_UNkJ.view(users * longest, k, -1)).view(users, longest, -1)
-        centred_UJ = vectors_UJ - self.mean_J
-        values_U = log_normalizer.view(users, longest).sum(1, dtype=torch.float64) - (self.chosen_UJ * vectors_UJ).sum(
-            1
-        )
-        values_U += 0.5 * (self.precision_J * centred_UJ.square()).sum(1)
-        gradients_UJ = expected_UNJ.sum(1, dtype=torch.float64) - self.chosen_UJ + self.precision_J * centred_UJ
-        return values_U, gradients_UJ, weights_UNk
-
-    def factors(self, weights_UNk: Tensor) -> Tensor:
-        """Cholesky factors of the Hessians at the given probabilities, (U, J, J)."""
-        hessians = torch.stack([_curvature(*pair) for pair in zip(self.phi_UNkJ, weights_UNk, strict=True)])
-        hessians += torch.diag(self.precision_J)
-        # What float32 sums may have taken away.
-        rounding_U = 1e-6 * hessians.diagonal(dim1=1, dim2=2).amax(1)
-        return torch.linalg.cholesky(hessians + rounding_U[:, None, None] * torch.eye(hessians.shape[1]).to(hessians))
-
-
-@torch.no_grad()  # in each thread anew
-def _fit(
-    people: Sequence[Positions], head: Head, prior: Prior, tolerance: float, max_iterations: int, memory: Tensor
-) -> list[Fit]:
-    if not max(len(one.target_N) for one in people):
-        return [Fit(prior.mean_J.clone(), 0.0, 0) for _ in people]
-    objective = _Objective(people, head, prior, memory)
-    vectors_UJ = prior.mean_J.double().repeat(len(people), 1)
-    values_U, gradients_UJ, weights_UNk = objective(vectors_UJ)
-    if not bool(torch.isfinite(gradients_UJ).all()):
+    count = len(positions.target_N)
+    if not count:
+        return Fit(prior.mean_J.clone(), 0.0, 0)
+    objective = _Objective(positions, head, prior, memory)
+    vector_J = objective.mean_J
+    value, gradient_J, weights_Nk = objective(vector_J)
+    if not np.isfinite(gradient_J).all():
         raise ValueError("the positions to fit hold NaN or infinite values: the model's forward pass failed there")
-    iterations_U = torch.zeros(len(people), dtype=torch.long, device=vectors_UJ.device)
-    moving_U = gradients_UJ.norm(dim=1) > tolerance
-    renew = True
-    for _ in range(max_iterations):
-        if not bool(moving_U.any()):
-            break
+    renew, iteration = True, 0
+    while iteration < max_iterations and np.linalg.norm(gradient_J) > tolerance:
         if renew:
-            factors_UJJ = objective.factors(weights_UNk)
-            pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-        directions_UJ = -_inverse_hessian_times(gradients_UJ, pairs, factors_UJJ)
-        slopes_U = (gradients_UJ * directions_UJ).sum(1)
-        steps_U = moving_U.double()
-        while True:
-            trial_UJ = vectors_UJ + steps_U[:, None] * directions_UJ
-            trial_values_U, trial_gradients_UJ, weights_UNk = objective(trial_UJ)
-            resolution_U = _RESOLUTION * (values_U.abs() + objective.shape[1])
-            enough_U = trial_values_U <= values_U + 1e-4 * steps_U * slopes_U
-            # Near the minimum a decrease is below what float32 resolves: there the gradient decides.
-            equal_U = trial_values_U <= values_U + resolution_U
-            enough_U |= equal_U & (trial_gradients_UJ.norm(dim=1) < gradients_UJ.norm(dim=1))
-            short_U = ~enough_U & (steps_U > 0)
-            if not bool(short_U.any()):
+            factor_JJ = torch.linalg.cholesky(torch.from_numpy(objective.hessian(weights_Nk)))
+            pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        direction_J = -_inverse_hessian_times(gradient_J, pairs, factor_JJ)
+        slope, step = gradient_J @ direction_J, 1.0
+        resolution = _RESOLUTION * (abs(value) + count)
+        while step > _SMALLEST_STEP:
+            trial_J = vector_J + step * direction_J
+            trial_value, trial_gradient_J, weights_Nk = objective(trial_J)
+            if trial_value <= value + 1e-4 * step * slope:
                 break
-            steps_U = torch.where(short_U, steps_U / 2, steps_U)
-            steps_U = torch.where(steps_U < _SMALLEST_STEP, 0.0, steps_U)
-        moved_UJ, bent_UJ = trial_UJ - vectors_UJ, trial_gradients_UJ - gradients_UJ
-        curvature_U = (moved_UJ * bent_UJ).sum(1)
-        # Zero for whoever did not move: the pair then changes nothing.
-        inverse_U = torch.where(curvature_U > 0, 1 / curvature_U.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-        pairs.append((moved_UJ, bent_UJ, inverse_U))
+            # Near the minimum a decrease is below what float32 resolves: there the gradient decides.
+            smaller = np.linalg.norm(trial_gradient_J) < np.linalg.norm(gradient_J)
+            if trial_value <= value + resolution and smaller:
+                break
+            step /= 2
+        else:
+            if not pairs:
+                break  # no step although the Hessian was taken here: the limit of the arithmetic
+            _, _, weights_Nk = objective(vector_J)
+            renew = True
+            continue
+        moved_J, bent_J = trial_J - vector_J, trial_gradient_J - gradient_J
+        if moved_J @ bent_J > 0:
+            pairs.append((moved_J, bent_J))
         # Who had to shorten a step is far from where the Hessian was taken.
-        renew = len(pairs) == _HISTORY or bool((steps_U < moving_U.double()).any())
-        iterations_U += moving_U
-        still_U = steps_U > 0
-        vectors_UJ = torch.where(still_U[:, None], trial_UJ, vectors_UJ)
-        gradients_UJ = torch.where(still_U[:, None], trial_gradients_UJ, gradients_UJ)
-        values_U = torch.where(still_U, trial_values_U, values_U)
-        # Who cannot move although the Hessian was taken here is at the limit of the arithmetic.
-        moving_U = moving_U & (still_U | (len(pairs) > 1)) & (gradients_UJ.norm(dim=1) > tolerance)
-    norms = gradients_UJ.norm(dim=1).tolist()
-    return [
-        Fit(vector_J.float(), norm, iterations)
-        for vector_J, norm, iterations in zip(vectors_UJ, norms, iterations_U.tolist(), strict=True)
-    ]
+        renew = len(pairs) == _HISTORY or step < 1
+        vector_J, value, gradient_J = trial_J, trial_value, trial_gradient_J
+        iteration += 1
+    fitted_J = torch.from_numpy(vector_J).to(prior.mean_J)
+    return Fit(fitted_J, float(np.linalg.norm(gradient_J)), iteration)
 
 
 def _inverse_hessian_times(
-    gradients_UJ: Tensor, pairs: Sequence[tuple[Tensor, Tensor, Tensor]], factors_UJJ: Tensor
-) -> Tensor:
+    gradient_J: np.ndarray, pairs: Sequence[tuple[np.ndarray, np.ndarray]], factor_JJ: Tensor
+) -> np.ndarray:
     """L-BFGS's two loops, with the factored Hessian where the usual form has a multiple of the identity."""
-    result_UJ, shares = gradients_UJ.clone(), []
-    for moved_UJ, bent_UJ, inverse_U in reversed(pairs):
-        share_U = inverse_U * (moved_UJ * result_UJ).sum(1)
-        result_UJ -= share_U[:, None] * bent_UJ
-        shares.append(share_U)
-    result_UJ = torch.cholesky_solve(result_UJ[:, :, None], factors_UJJ).squeeze(2)
-    for (moved_UJ, bent_UJ, inverse_U), share_U in zip(pairs, reversed(shares), strict=True):
-        result_UJ += (share_U - inverse_U * (bent_UJ * result_UJ).sum(1))[:, None] * moved_UJ
-    return result_UJ
+    result_J, shares = gradient_J.copy(), []
+    for moved_J, bent_J in reversed(pairs):
+        share = (moved_J @ result_J) / (moved_J @ bent_J)
+        result_J -= share * bent_J
+        shares.append(share)
+    # By torch, which keeps to this thread: scipy's own BLAS would start others.
+    result_J = torch.cholesky_solve(torch.from_numpy(result_J)[:, None], factor_JJ).squeeze(1).numpy()
+    for (moved_J, bent_J), share in zip(pairs, reversed(shares), strict=True):
+        result_J += (share - (bent_J @ result_J) / (moved_J @ bent_J)) * moved_J
+    return result_J
 
 
-def _curvature(phi_NkJ: Tensor, weights_Nk: Tensor, negligible: float = 1e-2) -> Tensor:
-    """Hessian of one person's summed log normalizers (J, J), in float64.
-
-    Candidates of negligible weight are left out, which changes the path to the minimum and not the point where the
-    gradient vanishes. Written as a sum of squares, with ``1 - sum_c w_c`` for what lies outside the kept candidates, so
-    that rounding leaves it positive semidefinite.
-    """
-    count, k, width = phi_NkJ.shape
-    kept_M = (weights_Nk.reshape(-1) > negligible).nonzero().squeeze(1)
-    rows_MJ, weights_M = phi_NkJ.view(-1, width).index_select(0, kept_M), weights_Nk.reshape(-1)[kept_M]
-    position_M = kept_M // k
-    mean_NJ = phi_NkJ.new_zeros(count, width).index_add_(0, position_M, rows_MJ * weights_M[:, None])
-    outside_N = (1 - phi_NkJ.new_zeros(count).index_add_(0, position_M, weights_M)).clamp(min=0)
-    centred_MJ = (rows_MJ - mean_NJ[position_M]) * weights_M.sqrt()[:, None]
-    mean_NJ *= outside_N.sqrt()[:, None]
-    return (centred_MJ.t() @ centred_MJ + mean_NJ.t() @ mean_NJ).double()
-
-
-def _padded(tensors: Sequence[Tensor], length: int, value: float) -> Tensor:
-    if len(tensors) == 1:
-        return tensors[0][None]
-    return torch.stack([F.pad(t, (*([0, 0] * (t.dim() - 1)), 0, length - t.shape[0]), value=value) for t in tensors])
+def _numbers(tensor: Tensor) -> np.ndarray:
+    return tensor.double().cpu().numpy()
