@@ -454,14 +454,21 @@ def test_a_row_with_nan_ends_alone_and_leaves_no_trace(head, mixed):
     with pytest.raises(RuntimeError, match="NaN or infinite logits for request 1"):
         engine.generate([good[0], bad])
     assert [c.token_ids for c in engine.generate(good)] == alone
-    # A model whose states are NaN writes them into its slot, which the next row there must not notice.
+    # A model whose states are NaN writes them into its slots, which the next rows there must not notice.
     embedding = loaded.model.get_input_embeddings().weight
     sound = embedding[299].clone()
-    embedding.data[299] = float("nan")
-    with pytest.raises(RuntimeError, match="request 0"):
-        engine.generate([Request([299] * 60, max_new_tokens=20)])
-    embedding.data[299] = sound
-    assert [c.token_ids for c in engine.generate(good)] == alone
+    for prefill_tokens, length, cancel in [(512, 80, False), (16, 80, False), (16, 60, True)]:
+        engine = Engine(loaded, rows, head, slots=3, max_length=128, prefill_tokens=prefill_tokens)
+        embedding.data[299] = float("nan")
+        ids = [engine.submit(Request([299] * length, max_new_tokens=20)) for _ in range(3)]
+        for _ in range(3):
+            engine.step()
+        if cancel:
+            assert [engine.cancel(id) for id in ids] == [True] * 3
+        while not engine.idle:
+            engine.step()
+        embedding.data[299] = sound
+        assert [c.token_ids for c in engine.generate(good)] == alone
 
 
 def test_logits_are_computed_at_the_ends_of_prompts_only(loaded, rows):

@@ -96,9 +96,9 @@ class SlotCache(Cache):
         """Copy the first ``length`` tokens of one slot to another."""
         self._states[:, :, target, :, :length] = self._states[:, :, source, :, :length]
 
-    def clear(self, slot: int) -> None:
-        """Overwrite a slot that may hold NaN, which the next row in it would read (with weight 0)."""
-        self._states[:, :, slot].zero_()
+    def clear(self, slot: int, length: int) -> None:
+        """Overwrite the first ``length`` tokens of a slot, if they may be NaN: the next row there will read them."""
+        self._states[:, :, slot, :, :length] = 0
 
     def _announce(self, slots: slice, start: int, positions_B: Tensor | None) -> None:
         for layer in self.layers:

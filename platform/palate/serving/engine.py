@@ -155,6 +155,7 @@ class Engine:
                 self._release(slot)
                 return True
         if self._prefilling is not None and self._prefilling.id == id:
+            self._cache.clear(self._slots - 1, self._prefilling.length)
             self._prefilling = None
             return True
         waiting = next((row for row in self._waiting if row.id == id), None)
@@ -301,6 +302,7 @@ class Engine:
         slot = len(self._decoding)
         if slot != last:
             self._cache.move(last, slot, row.length)
+            self._cache.clear(last, row.length)
         self._prefilling = None
         self._decoding.append(row)
         return self._choose(slot, *output)
@@ -377,7 +379,7 @@ class Engine:
             completion = events[slot - first].completion
             if completion is not None:
                 if completion.finish_reason == "error":
-                    self._cache.clear(slot)
+                    self._cache.clear(slot, self._decoding[slot].length)
                 self._release(slot)
         return events
 
