@@ -1,0 +1,104 @@
+"""The README's promises: what its ``bash`` fences say runs, in order, in one folder; what its others say exists.
+
+The convention (docs/testing.md): a fence opened by ```` ```bash ```` is executed, any other is not. All of one page
+share a fresh folder with links to ``jobs``, ``serve`` and ``tune``, and ``python`` is the one that runs the tests.
+``--model smollm2`` is replaced by ``--model tiny``, so that the commands are tested and not the processor.
+"""
+
+import itertools
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def fences(text: str) -> list[tuple[str, str]]:
+    """Language and content of every fenced block of a Markdown page, in order."""
+    return FENCE.findall(text)
+
+
+def commands(text: str) -> list[list[str]]:
+    """Words of every ``python jobs/…`` command in a page's fences, continued lines joined and comments dropped."""
+    found = []
+    for _, content in fences(text):
+        for line in content.replace("\\\n", " ").splitlines():
+            if re.match(r"python (jobs|tune|benchmarks)/", line.strip()):
+                found.append(shlex.split(line, comments=True))
+    return found
+
+
+def environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def bash(script: str, folder: Path, timeout: float) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    return subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, check=False, timeout=timeout
+    )
+
+
+def test_fences_and_commands_are_found():
+    first = "```bash\npython jobs/x.py \\\n  --out 'a b'  # why\n```\n"
+    page = f"a\n{first}```text\npython jobs/y.py --in z\nls\n```\n```\nplain\n```\n"
+    assert [language for language, _ in fences(page)] == ["bash", "text", ""]
+    assert commands(page) == [["python", "jobs/x.py", "--out", "a b"], ["python", "jobs/y.py", "--in", "z"]]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_exists(page):
+    text = page.read_text()
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
+    scripts = [words[1] for words in commands(text)]
+    missing = [name for name in links if not (page.parent / name).exists()]
+    missing += [name for name in scripts if not (ROOT / name).exists()]
+    assert missing == []
+
+
+@pytest.mark.slow
+def test_every_flag_that_a_page_uses_is_one_of_the_commands():
+    """For the commands that are not executed here, because they need data, hardware or time."""
+    helps: dict[tuple[str, ...], str] = {}
+    for page in PAGES:
+        for words in commands(page.read_text()):
+            subcommand = [word for word in words[2:3] if not word.startswith("-")]
+            start = (*words[:2], *subcommand)
+            if start not in helps:
+                done = bash(shlex.join([*start, "--help"]), ROOT, timeout=300)
+                assert done.returncode == 0, f"{page.name}: {shlex.join(start)} --help\n{done.stderr}"
+                helps[start] = done.stdout
+            for flag in (word.split("=")[0] for word in words if word.startswith("--")):
+                shown = re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", helps[start])
+                assert shown, f"{page.name}: {shlex.join(words)}: {shlex.join(start)} has no flag {flag}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_run_as_they_stand(page, tmp_path):
+    blocks = [content for language, content in fences(page.read_text()) if language == "bash"]
+    if not blocks:
+        pytest.skip("no bash fence")
+    for folder in ("jobs", "serve", "tune"):
+        if (ROOT / folder).is_dir():
+            (tmp_path / folder).symlink_to(ROOT / folder)
+    for block in blocks:
+        done = bash(block.replace("--model smollm2", "--model tiny"), tmp_path, timeout=600)
+        assert done.returncode == 0, f"{block}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        for words in commands(f"```bash\n{block}```\n"):
+            for flag, value in itertools.pairwise(words):
+                if flag == "--out":
+                    assert (tmp_path / value).exists(), f"{shlex.join(words)} left no {value}"
