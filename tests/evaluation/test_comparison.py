@@ -13,7 +13,7 @@ from palate.card import adapters
 from palate.card.adaptation import AdaptConfig, group_name
 from palate.card.correction import FeatureMap, Head
 from palate.card.preferences import Prior
-from palate.corpora.schema import TEXT_CORPUS, read_items, read_questions
+from palate.corpora.schema import read_items, read_questions
 from palate.corpora.worlds import personas
 from palate.evaluation import comparison, subject, text, text_report
 from palate.evaluation.cases import sample_people, select_cases
@@ -98,13 +98,15 @@ def config(place: Path, corpus: artifacts.Artifact) -> comparison.TextConfig:
 
 
 @pytest.fixture(scope="module")
-def report(config: comparison.TextConfig, run: subject.Subject) -> artifacts.Artifact:
-    return text_report.make_report(comparison.Comparison(config, run))
+def report(config: comparison.TextConfig, corpus: artifacts.Artifact, run: subject.Subject) -> artifacts.Artifact:
+    return text_report.make_report(comparison.Comparison(config, corpus, run))
 
 
 @pytest.fixture
-def compared(config: comparison.TextConfig, run: subject.Subject, report: artifacts.Artifact) -> comparison.Comparison:
-    return comparison.Comparison(config, run)
+def compared(
+    config: comparison.TextConfig, corpus: artifacts.Artifact, run: subject.Subject, report: artifacts.Artifact
+) -> comparison.Comparison:
+    return comparison.Comparison(config, corpus, run)
 
 
 @pytest.fixture
@@ -142,13 +144,14 @@ def test_a_second_time_nothing_is_made(
 
 
 def test_a_system_more_makes_only_its_own(
-    config: comparison.TextConfig, run: subject.Subject, report: artifacts.Artifact, no_model: None
+    compared: comparison.Comparison, config: comparison.TextConfig, no_model: None
 ) -> None:
-    fewer = dataclasses.replace(config, systems=("base", "cluster"), fresh=True, out=config.out)
-    comparison.Comparison(fewer, run).make()  # everything is there: no model is loaded
+    fewer = dataclasses.replace(config, systems=("base", "cluster"))
+    made = comparison.Comparison(fewer, compared.corpus, compared.subject).make()  # all is there: no model is loaded
+    assert set(made) == {"likelihoods base-0", "likelihoods cluster-0", "answers base", "answers cluster"}
     other = dataclasses.replace(config, systems=("base",), out=config.out + "-other")
     with pytest.raises(AssertionError, match="a model was loaded"):
-        comparison.Comparison(other, run).make()
+        comparison.Comparison(other, compared.corpus, compared.subject).make()
 
 
 def test_answers_are_those_of_the_engine_with_own_adapter_and_vector(compared: comparison.Comparison) -> None:
@@ -191,9 +194,9 @@ def test_per_user_adapters_learn_from_their_own_person_only(compared: comparison
     assert made.summary["updates"].keys() == {group_name(0), group_name(1)}
     assert compared.adapters("shared").summary["texts"] == 4 * PEOPLE
     alone = dataclasses.replace(compared.config, per_user_start="base", out=compared.config.out + "-alone")
-    pair = comparison.Comparison(alone, compared.subject).adapters("user")
+    pair = comparison.Comparison(alone, compared.corpus, compared.subject).adapters("user")
     single = dataclasses.replace(alone, per_user_sample=1, out=compared.config.out + "-single")
-    one = comparison.Comparison(single, compared.subject)
+    one = comparison.Comparison(single, compared.corpus, compared.subject)
     assert len(one.sampled) == 1
     assert one.adapters("user").summary["texts"] == 4
     assert pair.summary["texts"] == 8
@@ -212,11 +215,13 @@ def test_words_are_written(report: artifacts.Artifact) -> None:
     assert all(words["promoted"] and words["demoted"] for words in said.values())
 
 
-def test_unknown_systems_and_empty_choices_are_refused(config: comparison.TextConfig, run: subject.Subject) -> None:
+def test_unknown_systems_and_empty_choices_are_refused(
+    config: comparison.TextConfig, corpus: artifacts.Artifact, run: subject.Subject
+) -> None:
     with pytest.raises(ValueError, match="--systems nonsense"):
-        comparison.Comparison(dataclasses.replace(config, systems=("nonsense",)), run)
+        comparison.Comparison(dataclasses.replace(config, systems=("nonsense",)), corpus, run)
     with pytest.raises(ValueError, match="--users all"):
-        comparison.Comparison(config, dataclasses.replace(run, clusters={}))
+        comparison.Comparison(config, corpus, dataclasses.replace(run, clusters={}))
 
 
 def test_cases_are_of_the_chosen_people_and_negatives_of_others(corpus: artifacts.Artifact) -> None:
@@ -241,8 +246,3 @@ def test_samples_do_not_depend_on_order() -> None:
     assert sample_people(people, 5, 1) == sample_people(set(people), 5, 1)
     assert sample_people(people, 5, 1) != sample_people(people, 5, 2)
     assert sample_people(people, None, 1) == sample_people(people, 99, 1) == sorted(people)
-
-
-def test_the_corpus_must_be_one(config: comparison.TextConfig, run: subject.Subject, place: Path) -> None:
-    with pytest.raises(artifacts.ArtifactMismatch, match=TEXT_CORPUS):
-        comparison.Comparison(dataclasses.replace(config, corpus=str(place / "adapters")), run)

@@ -34,7 +34,7 @@ from palate.card.adapters import BASE, RowMask, export_adapter, load_adapters
 from palate.card.preferences import Positions
 from palate.card.prompts import Retriever, prompt_ids, retrievers
 from palate.config import scale
-from palate.corpora.schema import TEXT_CORPUS, Item, Task, read_items, read_questions, read_task
+from palate.corpora.schema import Item, Task, read_items, read_questions, read_task
 from palate.evaluation import text
 from palate.evaluation.cases import Case, Users, sample_people, select_cases
 from palate.evaluation.subject import Subject
@@ -107,14 +107,13 @@ class TextConfig:
 class Comparison:
     """One evaluation: its questions, and the artifacts that every report needs."""
 
-    def __init__(self, config: TextConfig, subject: Subject) -> None:
+    def __init__(self, config: TextConfig, corpus: Artifact, subject: Subject) -> None:
         """Read the corpus and choose the questions.
 
         Raises:
             ValueError: no question is left, or a system has no such name.
         """
-        self.config, self.subject = config, subject
-        self.corpus = artifacts.open_artifact(config.corpus, TEXT_CORPUS)
+        self.config, self.corpus, self.subject = config, corpus, subject
         self.task: Task = read_task(self.corpus)
         self.items: list[Item] = read_items(self.corpus)
         self.systems = {
@@ -123,8 +122,10 @@ class Comparison:
         if unknown := sorted(set(config.systems) - self.systems.keys()):
             raise ValueError(f"--systems {unknown[0]}: there is no such system; there are {sorted(self.systems)}")
         self.specs = [spec for name, spec in self.systems.items() if not config.systems or name in config.systems]
+        questions = read_questions(corpus)
+        self.without_history = sum(question.user_id not in subject.clusters for question in questions)
         self.cases = select_cases(
-            read_questions(self.corpus),
+            questions,
             self.items,
             subject.clusters,
             config.users,

@@ -206,6 +206,11 @@ def _standing_notes(comparison: Comparison) -> list[str]:
         "The adapters of the run learn from a part of each history, its vectors from the rest; the shared and per-user "
         "adapters learn from all of it.",
     ]
+    if comparison.without_history:
+        notes.append(
+            f"{comparison.without_history} questions of the corpus are by people without a history: they have no "
+            "vector and are not asked."
+        )
     if any(cut.values()):
         notes.append(f"Answers cut off at {config.max_new_tokens} tokens: {cut}.")
     return notes

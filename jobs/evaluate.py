@@ -1,0 +1,23 @@
+"""Evaluate a finished run beside its baselines and controls. Run with --help, or a subcommand and --help."""
+
+import tyro
+
+from palate.artifacts import ArtifactError, open_artifact
+from palate.corpora.schema import TEXT_CORPUS
+from palate.evaluation.comparison import Comparison, TextConfig
+from palate.evaluation.subject import read_run
+from palate.evaluation.text_report import make_report
+
+
+def main() -> None:
+    config = tyro.extras.subcommand_cli_from_dict({"text": TextConfig}, description=__doc__)
+    try:
+        corpus = open_artifact(config.corpus, TEXT_CORPUS)
+        report = make_report(Comparison(config, corpus, read_run(config.run, corpus)))
+    except (ArtifactError, ValueError) as error:
+        raise SystemExit(f"evaluate: {error}") from None
+    print(f"{report.url}/report.md: own minus permuted {report.summary}")
+
+
+if __name__ == "__main__":
+    main()
