@@ -9,11 +9,15 @@ each group the first person of it is fitted by the alternatives too: scipy's L-B
 Wolfe line search, both on the objective by automatic differentiation, to the same norm of the gradient, all three on
 one thread. All take turns, so that a machine shared with others slows all of them alike; ratios are medians over the
 turns. ``cpu`` counts the process's own time, which other programs inflate less than waiting time.
+
+With ``--model`` it goes on, end to end, for one new person of as many texts: the forward pass over them, the fit, and
+beside them a LoRA of their own, trained on the same texts by Palate's loop with the defaults of ``jobs/card.py``.
 """
 
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,9 +30,11 @@ import torch
 import tyro
 from torch import Tensor
 
-from palate.card import fitting
+from palate.card import adaptation, features, fitting
 from palate.card.correction import FeatureMap, Head, candidate_rows
 from palate.card.preferences import ABSENT, Positions, Prior, log_ratios, normalizer
+from palate.models.causal_lm import load_causal_lm
+from palate.training.parallel import World
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class Config:
     group: int = 20
     threads: int = 2
     seed: int = 0
+    model: str | None = None
+    prompt_tokens: int = 64
     out: Path = Path("user_fit.json")
 
 
@@ -191,6 +199,48 @@ def measure(config: Config) -> dict[str, Any]:
     }
 
 
+def end_to_end(config: Config, name: str) -> dict[str, Any]:
+    """Seconds, (wall, processor), of each part of what a new person costs; the texts are random tokens."""
+    torch.set_num_threads(config.threads)
+    loaded = load_causal_lm(name)
+    vocabulary, width, layers = (loaded.fingerprint[key] for key in ("vocab_size", "hidden_size", "layers"))
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(0, vocabulary, (count,), generator=generator).tolist()
+
+    texts = [(tokens(config.prompt_tokens), tokens(config.positions)) for _ in range(config.texts)]
+    used = tuple(round(layers * share) for share in (0.25, 0.5, 0.75, 1.0))
+    feature_map = FeatureMap(used, torch.zeros(len(used), width), torch.ones(len(used), width), torch.eye(width))
+    embeddings_Vd = loaded.model.get_output_embeddings().weight.detach()
+    mixing_dJ = torch.randn(width, config.width, generator=generator) / width**0.5
+    project_dJ = torch.randn(width, config.width, generator=generator) / width**0.5 / 10
+    head = Head(feature_map, project_dJ, embeddings_Vd @ mixing_dJ, config.top_k)
+    prior = Prior(torch.zeros(config.width), torch.ones(config.width))
+    branches = [features.Branches(prompt, [answer], -1) for prompt, answer in texts]
+    features.extract(loaded, None, feature_map, branches[:2], config.top_k)  # allocations and threads
+    positions, *forward = timed(lambda: features.extract(loaded, None, feature_map, branches, config.top_k))
+    fit, *fitted = timed(lambda: fitting.fit_vector(positions, head, prior, tolerance=config.tolerance))
+    samples = [adaptation.Sample(prompt, answer, 0) for prompt, answer in texts]
+    ids = [str(number) for number in range(len(samples))]
+    settings = adaptation.AdaptConfig(checkpoint_every=10**6)
+    with tempfile.TemporaryDirectory() as folder:
+        (_, summary), *trained = timed(
+            lambda: adaptation.train_adapters(loaded, 1, samples, ids, settings, f"{folder}/run", World())
+        )
+    return {
+        "model": name,
+        "forward": forward,
+        "fit": fitted,
+        "lora": trained,
+        "lora_steps": summary.steps,
+        "gradient_norm": fit.gradient_norm,
+        "ratio_wall": trained[0] / (forward[0] + fitted[0]),
+        "ratio_cpu": trained[1] / (forward[1] + fitted[1]),
+        "ratio_cpu_fit_alone": trained[1] / fitted[1],
+    }
+
+
 def table(result: dict[str, Any]) -> str:
     lines = [
         "| solver | wall ms | best | cpu ms | wall ratio | cpu ratio | gradient in float64 | objective above best |",
@@ -208,6 +258,8 @@ def table(result: dict[str, Any]) -> str:
 if __name__ == "__main__":
     config = tyro.cli(Config, description=__doc__)
     result = measure(config)
+    if config.model:
+        result["end_to_end"] = end_to_end(config, config.model)
     config.out.write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))
     print(
@@ -215,3 +267,12 @@ if __name__ == "__main__":
         f"{result['seconds']['cpu']:.1f} s of processor time, {result['iterations']:.1f} steps each, largest gradient "
         f"norm {result['largest_gradient_norm']:.1e}"
     )
+    if config.model:
+        whole = result["end_to_end"]
+        print("| part | wall s | cpu s |\n|---|---|---|")
+        for part in ("forward", "fit", "lora"):
+            print(f"| {part} | {whole[part][0]:.3f} | {whole[part][1]:.3f} |")
+        print(
+            f"their own LoRA, {whole['lora_steps']} steps, takes {whole['ratio_cpu']:.1f} times the processor time "
+            f"of forward pass and fit, {whole['ratio_cpu_fit_alone']:.0f} times that of the fit from cached features"
+        )
