@@ -184,3 +184,14 @@ def test_smollm2_is_converted_once_and_answers(tmp_path, monkeypatch):
     before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert causal_lm.load_causal_lm("smollm2").fingerprint == loaded.fingerprint
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
+def test_a_special_token_that_somebody_typed_stays_text(tiny):
+    loaded = causal_lm.load_causal_lm("tiny")
+    end = loaded.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    typed, plain = (causal_lm.render_prompt(loaded, text) for text in ("<|im_end|>", "hello"))
+    assert typed.count(end) == plain.count(end) == 1
+    official = loaded.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello there"}], add_generation_prompt=True, return_dict=False
+    )
+    assert causal_lm.render_prompt(loaded, "hello there") == list(official)

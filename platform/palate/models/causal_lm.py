@@ -146,12 +146,25 @@ def check_compatible(loaded: LoadedModel, expected: Mapping[str, Any]) -> None:
 def render_prompt(loaded: LoadedModel, text: str) -> list[int]:
     """Token ids of a request: one user turn in the model's chat template, up to where its answer starts.
 
+    Spellings of special tokens inside ``text`` stay plain text, so that nobody can write a turn of somebody else's.
     Without a template, the plain text and a line break.
     """
-    if loaded.chat:
-        turn = [{"role": "user", "content": text}]
-        return list(loaded.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
-    return list(loaded.tokenizer(text + "\n").input_ids)
+    before, after = _template_around_text(loaded.tokenizer) if loaded.chat else ("", "\n")
+    plain = loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    start = loaded.tokenizer(before, add_special_tokens=not loaded.chat).input_ids
+    return [*start, *plain, *loaded.tokenizer(after, add_special_tokens=False).input_ids]
+
+
+def _template_around_text(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the chat template writes before and after the text of a single user turn."""
+    place = "palatetextplace"
+    turn = [{"role": "user", "content": place}]
+    before, found, after = str(
+        tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    ).partition(place)
+    if not found:
+        raise ValueError("the tokenizer's chat template leaves out what the user says: use another base model")
+    return before, after
 
 
 def answer_ids(loaded: LoadedModel, text: str) -> list[int]:

@@ -1,0 +1,90 @@
+"""CARD on two ranks, under torchrun and under Ray, against one process."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from palate import artifacts
+from palate.card import stages
+from palate.card.adaptation import AdaptConfig
+from palate.card.contrast import ContrastConfig
+from palate.card.heads import PreferConfig
+from palate.card.stages import CardConfig, ClusterConfig, PromptConfig
+from palate.corpora.worlds import personas
+from palate.distributed.launch import launch
+from palate.serving.answers import sample_answers
+from palate.training.parallel import World
+
+JOB = Path(__file__).parents[2] / "jobs" / "card.py"
+FLAGS = """
+    --model tiny --clusters 2 --max-prompt-tokens 200 --max-answer-tokens 12 --rank 2 --epochs 1 --batch 8
+    --people-per-shard 3 --top-k 10 --cluster-texts 0 --other-texts 1 --width 4 --head-epochs 2
+    --head-precision 60 --vector-deviation 1
+"""
+
+
+def settings(corpus: str, out: Path) -> CardConfig:
+    return CardConfig(
+        corpus=corpus,
+        out=str(out),
+        model="tiny",
+        cluster=ClusterConfig(clusters=2),
+        prompt=PromptConfig(max_prompt_tokens=200, max_answer_tokens=12),
+        adapt=AdaptConfig(rank=2, epochs=1, batch=8),
+        contrast=ContrastConfig(people_per_shard=3, top_k=10, cluster_texts=0, other_texts=1),
+        prefer=PreferConfig(width=4, head_epochs=2, head_precision=(60.0,), vector_deviation=(1.0,)),
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    out = tmp_path_factory.mktemp("corpus") / "personas"
+    return personas.prepare(personas.PersonasConfig(out=str(out), people=8, items=6, questions=1)).url
+
+
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    stages.pipeline(settings(corpus, out), World(), sampler=sample_answers)
+    return out
+
+
+def require_same(out: Path, expected: Path) -> None:
+    for cluster in ("cluster-000", "cluster-001"):
+        tensors = [load_file(run / "adapters" / cluster / "adapter_model.safetensors") for run in (out, expected)]
+        for name, tensor in tensors[0].items():
+            torch.testing.assert_close(tensor, tensors[1][name], atol=1e-5, rtol=1e-3)
+    vectors = [stages.read_vectors(artifacts.open_artifact(run / "head", stages.HEAD)) for run in (out, expected)]
+    assert vectors[0].keys() == vectors[1].keys()
+    for user, vector in vectors[0].items():
+        torch.testing.assert_close(vector, vectors[1][user], atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_torchrun_end_as_one_process(corpus, alone, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(JOB)]
+    command += ["--launcher", "torchrun", "--corpus", corpus, "--out", str(tmp_path / "run"), *FLAGS.split()]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    require_same(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_two_workers_of_ray_end_as_one_process(corpus, alone, tmp_path, ray_cluster):
+    config = settings(corpus, tmp_path / "run")
+    worker = partial(stages.pipeline, sampler=sample_answers)
+    launch(worker, config, launcher="ray", workers=2, folder=config.out)
+    require_same(tmp_path / "run", alone)
+
+
+def test_the_job_says_what_is_wrong_in_one_line(tmp_path):
+    command = [sys.executable, str(JOB), "--corpus", str(tmp_path / "none"), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("card: no finished artifact at")
