@@ -7,7 +7,6 @@ logging). Only identity fields decide whether a finished artifact can be used ag
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any, TypeVar
 
 import pydantic
@@ -52,8 +51,7 @@ def from_dict(config_type: type[T], values: dict[str, Any]) -> T:
     return config
 
 
-@cache
-def _adapter(config_type: type) -> pydantic.TypeAdapter[Any]:
+def _adapter(config_type: Any) -> pydantic.TypeAdapter[Any]:
     return pydantic.TypeAdapter(config_type)
 
 

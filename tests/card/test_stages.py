@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from palate import artifacts
 from palate.card import contrast, features, heads, pairs, stages
@@ -209,3 +210,31 @@ def test_shards_keep_text_numbers_apart(finished):
     first = pq.read_table(shards(finished)[0].local(contrast.TEXTS)).num_rows
     here = positions.select(positions.text_N == first)
     assert torch.equal(here.candidates_Nk, alone.select(alone.text_N == 0).candidates_Nk)
+
+
+def test_adapters_made_elsewhere_become_the_clusters(corpus, finished, tmp_path):
+    made = sorted(str(folder) for folder in (finished / "adapters").glob("cluster-*"))
+    settings = config(corpus, tmp_path / "run", adapt=AdaptConfig(adapters_from=tuple(reversed(made))))
+    run(settings)
+    weights = [load_file(f"{folder}/adapter_model.safetensors") for folder in made]
+    taken = load_file(tmp_path / "run" / "adapters" / "cluster-000" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in taken.items())
+    run(settings)  # finished
+    with pytest.raises(ValueError, match="names 1 adapters, but there are 2 clusters"):
+        run(config(corpus, tmp_path / "other", adapt=AdaptConfig(adapters_from=tuple(made[:1]))))
+
+
+def test_retrieved_history_goes_into_every_prompt(corpus, finished, tmp_path):
+    prompt = PromptConfig(history_k=2, max_prompt_tokens=300, max_answer_tokens=12)
+    people = stages.read_people(artifacts.open_artifact(corpus))
+    loaded = load_causal_lm("tiny")
+    history = next(iter(people.histories.values()))
+    plain = stages.item_prompts(config(corpus, tmp_path), people, history, loaded)
+    quoted = stages.item_prompts(config(corpus, tmp_path, prompt=prompt), people, history, loaded)
+    assert quoted[0] == plain[0]  # nothing was written before the first
+    assert history[0].output.split()[0] in loaded.tokenizer.decode(quoted[-1])
+    assert all(len(q) > len(p) for q, p in zip(quoted[1:], plain[1:], strict=True))
+    run(config(corpus, tmp_path / "run", prompt=prompt))
+    first, other = (contrast.read(shards(out))[1] for out in (tmp_path / "run", finished))
+    assert first.features_Nd.shape[1] == other.features_Nd.shape[1]
+    assert not torch.equal(first.target_log_prob_N[:12], other.target_log_prob_N[:12])

@@ -44,6 +44,8 @@ class AdaptConfig:
     """bf16 computes in bfloat16 where that is safe."""
     max_steps: int | None = None
     """Stop after so many steps, whatever the epochs say."""
+    adapters_from: tuple[str, ...] = scale(())
+    """PEFT LoRA folders to take as the clusters' adapters, one a cluster in their order, instead of training."""
     micro_batch: int = scale(8)
     """Texts that go through the model at once."""
     checkpoint_every: int = scale(50)

@@ -11,6 +11,7 @@ Every stage reads artifacts and writes one; started again, the pipeline skips wh
 """
 
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -241,10 +242,27 @@ def adapt_stage(
         "seed": config.seed,
         "base_model": loaded.fingerprint,
     }
+    imported = [Path(folder) for folder in config.adapt.adapters_from]
+    if imported:
+        settings["imported"] = [artifacts.file_entry(weights_of(folder), "").sha256 for folder in imported]
+        if len(imported) != count:
+            raise ValueError(
+                f"--adapters-from names {len(imported)} adapters, but there are {count} clusters: name one a cluster"
+            )
     inputs = {"corpus": corpus, "clusters": clusters}
     finished = artifacts.finished(target, kind=ADAPTERS, config=settings, inputs=inputs)
     if finished is not None:
         return finished, adapters.load_adapters(loaded.model, adapter_folders(finished))
+    if imported:
+        rows = adapters.load_adapters(loaded.model, imported)
+
+        def copy(writer: Writer) -> None:
+            for cluster, folder in enumerate(imported):
+                shutil.copytree(folder, writer.folder / adaptation.group_name(cluster))
+            writer.write_json("base.json", {"model": config.model, "fingerprint": loaded.fingerprint})
+
+        made = on_main(world, lambda: artifacts.ensure(target, copy, kind=ADAPTERS, config=settings, inputs=inputs))
+        return made, rows
     assignment = read_assignment(clusters)
     items = people.for_adapters(config.contrast.contrast_share)
     samples = [
@@ -277,6 +295,18 @@ def adapt_stage(
 
     made = on_main(world, lambda: artifacts.ensure(target, produce, kind=ADAPTERS, config=settings, inputs=inputs))
     return made, rows
+
+
+def weights_of(folder: Path) -> Path:
+    """The weights of a PEFT folder.
+
+    Raises:
+        ValueError: it has none as safetensors.
+    """
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise ValueError(f"--adapters-from {folder}: there is no adapter_model.safetensors; a PEFT folder has one")
+    return weights
 
 
 def contrast_stage(
