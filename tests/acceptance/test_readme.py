@@ -6,6 +6,7 @@ share a fresh folder with links to ``jobs``, ``serve`` and ``tune``, and ``pytho
 """
 
 import itertools
+import json
 import os
 import re
 import shlex
@@ -69,21 +70,39 @@ def test_every_file_that_a_page_names_exists(page):
     assert missing == []
 
 
+# Shows the help of many commands in one process, because importing torch is what takes the time.
+HELPS = """
+import contextlib, io, json, runpy, sys
+
+shown = {}
+for command in json.loads(sys.argv[1]):
+    sys.argv, output = [*command[1:], "--help"], io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+        runpy.run_path(command[1], run_name="__main__")
+    shown[" ".join(command)] = output.getvalue()
+print(json.dumps(shown))
+"""
+
+
 @pytest.mark.slow
 def test_every_flag_that_a_page_uses_is_one_of_the_commands():
     """For the commands that are not executed here, because they need data, hardware or time."""
-    helps: dict[tuple[str, ...], str] = {}
-    for page in PAGES:
-        for words in commands(page.read_text()):
-            subcommand = [word for word in words[2:3] if not word.startswith("-")]
-            start = (*words[:2], *subcommand)
-            if start not in helps:
-                done = bash(shlex.join([*start, "--help"]), ROOT, timeout=300)
-                assert done.returncode == 0, f"{page.name}: {shlex.join(start)} --help\n{done.stderr}"
-                helps[start] = done.stdout
-            for flag in (word.split("=")[0] for word in words if word.startswith("--")):
-                shown = re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", helps[start])
-                assert shown, f"{page.name}: {shlex.join(words)}: {shlex.join(start)} has no flag {flag}"
+    used = [(page.name, words) for page in PAGES for words in commands(page.read_text())]
+
+    def start(words: list[str]) -> list[str]:
+        return words[: 2 + (len(words) > 2 and not words[2].startswith("-"))]
+
+    starts = sorted({tuple(start(words)) for _, words in used})
+    command = [sys.executable, "-c", HELPS, json.dumps(starts)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    helps = json.loads(done.stdout.splitlines()[-1])
+    for page, words in used:
+        for flag in (word.split("=")[0] for word in words if word.startswith("--")):
+            shown = re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", helps[" ".join(start(words))])
+            assert shown, f"{page}: {shlex.join(words)}: there is no flag {flag}"
 
 
 @pytest.mark.slow
