@@ -1,6 +1,6 @@
 """Runs in processes of their own that get a real SIGKILL, on one rank and on two, and are started again."""
 
-import multiprocessing
+import os
 import socket
 import subprocess
 import sys
@@ -10,13 +10,10 @@ import pytest
 from safetensors.torch import load_file
 
 import toy_training as toy
+from palate import artifacts
 from palate.training.logging import read
 
 POINTS = ["before data", "after data", "before manifest", "after manifest"]
-
-# Processes that start with torch imported: a run of their own in a tenth of the time.
-forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["toy_training", "torch._dynamo"])  # the optimizer imports the latter, in 2 s
 
 
 def run(folder, ranks=1, check=True, **options) -> bool:
@@ -24,9 +21,12 @@ def run(folder, ranks=1, check=True, **options) -> bool:
     settings = toy.ToyConfig(str(folder), launcher="torchrun" if ranks > 1 else "local", **options)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    processes = [forks.Process(target=toy.process, args=(settings, rank, ranks, port)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    processes = []
+    for rank in range(ranks):
+        environment = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(toy.FORKS.Process(target=toy.process, args=(settings, environment)))
+        processes[-1].start()
     for process in processes:
         process.join(timeout=100)
         process.kill()
@@ -122,6 +122,16 @@ def test_two_ranks_equal_one(tmp_path, exact):
     found, expected = state(tmp_path)[0], state(exact)[0]
     for name in (name for name in expected if name.startswith("model.")):
         assert found[name].sub(expected[name]).norm() < 1e-5 * expected[name].norm(), name
+
+
+def test_ranks_checkpoint_to_object_storage_and_go_on(s3_url, tmp_path, exact):
+    url = f"{s3_url}/run"
+    assert not run(url, 2, check=False, dropout=0.0, sharded=True, kill_step=7, marker=str(tmp_path))
+    filesystem, root = artifacts.locate(url)
+    files = filesystem.glob(f"{root}/checkpoints/step-00000004/rank-*.safetensors")
+    assert [file.rpartition("/")[2] for file in files] == ["rank-00000.safetensors", "rank-00001.safetensors"]
+    run(url, ranks=2, dropout=0.0, sharded=True)
+    assert_equal_within_rounding(url, exact)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])

@@ -132,6 +132,7 @@ def test_each_cluster_equals_its_own_peft_run(packed, cluster):
     count = updates[str(cluster)]
     assert count == STEPS if cluster == 0 else 5 < count < STEPS  # the others are absent from some global batches
     expected, clipped = peft_run(cluster, stream, count)
+    assert clipped == sum(row["groups"][str(cluster)]["norm"] > CLIP for row in log if str(cluster) in row["groups"])
     assert clipped > 0  # clipping really clips
     for name, layer in adapters.packed_layers(model):
         found = (layer.A[cluster] @ layer.B[cluster]).t().detach() * LORA.alpha / LORA.rank
