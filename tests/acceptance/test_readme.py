@@ -106,6 +106,7 @@ def test_every_flag_that_a_page_uses_is_one_of_the_commands():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_commands_of_a_page_run_as_they_stand(page, tmp_path):
     blocks = [content for language, content in fences(page.read_text()) if language == "bash"]
