@@ -7,7 +7,7 @@ vector *is* the MAP fit with the head frozen, so the exact fit (``palate.card.fi
 vector, a new person's too, means the same as in training. How strong the priors are is chosen by the likelihood of
 texts that a first training did not see.
 
-What made the difference with few people (benchmarks/card_head.py, docs/results/card.md): the features keep their natural
+What made the difference with few people (benchmarks/card_head.py, docs/results/card.md): features keep their natural
 spectrum, or lean on it further; whitened, nothing personal is learned. The output embedding is whitened all the same,
 so that the correction can tell apart tokens that the language model keeps close; here that made no difference.
 
