@@ -43,7 +43,8 @@ def main() -> None:
     try:
         with progress.stage("demo"):
             comparison = run(config)
-            report = make_report(comparison)
+            with progress.stage("evaluate"):
+                report = make_report(comparison)
     except (ArtifactError, TrainingStopped, ValueError) as error:
         raise SystemExit(f"demo: {error}") from None
     show(comparison)
