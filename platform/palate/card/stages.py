@@ -244,7 +244,7 @@ def adapt_stage(
     }
     imported = [Path(folder) for folder in config.adapt.adapters_from]
     if imported:
-        settings["imported"] = [artifacts.file_entry(weights_of(folder), "").sha256 for folder in imported]
+        settings["imported"] = [artifacts.file_entry(weights_of(folder), "weights").sha256 for folder in imported]
         if len(imported) != count:
             raise ValueError(
                 f"--adapters-from names {len(imported)} adapters, but there are {count} clusters: name one a cluster"
