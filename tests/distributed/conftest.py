@@ -10,6 +10,8 @@ import pytest
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_DEDUP_LOGS"] = "0"
+# A loaded machine takes longer than the 60 s that Ray Train gives its workers to start.
+os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "300"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # how soon Ray Train sees that a worker ended
 # Ray's workers and other subprocesses find the tests' own modules as pytest does.
 TESTS = Path(__file__).resolve().parents[1]
