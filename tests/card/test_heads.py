@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from palate import artifacts
+from palate.artifacts import ArtifactMismatch
 from palate.card import heads, pairs
 from palate.card.correction import FeatureMap
 from palate.card.fitting import fit_vector
@@ -169,6 +170,13 @@ def test_final_features_are_what_the_feature_map_gives():
     positions = replace(positions, features_Nd=statistics(states))
     final, moved = heads.final_features(statistics, positions, torch.arange(200) < 150, 0.75)
     torch.testing.assert_close(moved.features_Nd, final(states), atol=1e-4, rtol=1e-3)
+
+
+def test_another_head_does_not_go_on_from_this_ones_checkpoints(tmp_path):
+    trained(tmp_path)
+    for changes in ({"strength": replace(STRENGTH, head_precision=7.0)}, {"config": replace(QUICK, other_weight=0.3)}):
+        with pytest.raises(ArtifactMismatch, match=r"head_precision' was|other_weight' was"):
+            trained(tmp_path, **changes)
 
 
 def test_nobody_to_learn_from_is_an_error(tmp_path):

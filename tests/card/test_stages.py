@@ -133,6 +133,52 @@ def test_a_second_run_does_nothing_and_another_setting_is_refused(corpus, finish
     run(config(corpus, finished, adapt=AdaptConfig(rank=2, epochs=1, batch=8, micro_batch=1)))  # scale only
 
 
+def test_fresh_makes_everything_anew(corpus, tmp_path):
+    first = config(corpus, tmp_path / "run")
+    run(first)
+    upstream = {"adapt": replace(first.adapt, learning_rate=1e-2), "contrast": replace(first.contrast, top_p=0.5)}
+    for name, changes in (
+        ("head", {"prefer": replace(first.prefer, head_precision=(2000.0,))}),
+        ("all", upstream),
+    ):
+        run(replace(first, fresh=True, **changes))
+        run(replace(first, out=str(tmp_path / name), **changes))
+        made = [artifacts.open_artifact(tmp_path / out / "head") for out in ("run", name)]
+        assert made[0].digest == made[1].digest  # as in a new folder
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "match"),
+    [
+        ("contrast", {"contrast_share": float("nan")}, "--contrast-share must be above 0"),
+        ("contrast", {"contrast_share": 0.0}, "--contrast-share must be above 0"),
+        ("contrast", {"contrast_items": 0}, "--contrast-items must be at least 1, got 0"),
+        ("contrast", {"top_k": 1000}, "--top-k 1000: tiny knows 300 tokens"),
+        ("cluster", {"clusters": 0}, "--clusters must be at least 1, got 0"),
+        ("adapt", {"rank": 0}, "--rank must be at least 1"),
+        ("prefer", {"head_precision": ()}, "--head-precision needs numbers above 0"),
+        ("prefer", {"reward": "additive"}, "--reward additive learns from pairs alone"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_trained(corpus, tmp_path, part, values, match):
+    settings = config(corpus, tmp_path / "run")
+    with pytest.raises(ValueError, match=match):
+        run(replace(settings, **{part: replace(getattr(settings, part), **values)}))
+    assert not (tmp_path / "run" / "adapters").exists()
+
+
+def test_the_corpus_is_no_place_for_a_run(corpus):
+    with pytest.raises(ValueError, match="is the corpus itself"):
+        run(config(corpus, f"{corpus}/"))
+
+
+def test_histories_of_one_text_are_refused_before_anything_is_trained(tmp_path):
+    corpus = make_corpus(tmp_path / "corpus", [item(user, 0, "just one") for user in ("ann", "bob")])
+    with pytest.raises(ValueError, match="the longest history that is learned from has 1 items"):
+        run(config(corpus, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_that_dies_in_a_shard_keeps_the_finished_ones(corpus, finished, tmp_path):
     calls = []
 
@@ -185,7 +231,12 @@ def test_scripts_that_are_not_latin(tmp_path):
 
 def test_a_person_with_one_text_gets_the_prior_mean(tmp_path):
     rows = [item("ann", n, f"text {n} of mine!") for n in range(6)] + [item("bob", 0, "just one")]
-    run(config(make_corpus(tmp_path / "corpus", rows), tmp_path / "run", cluster=ClusterConfig(clusters=1)))
+    alone = ContrastConfig(people_per_shard=1, top_k=10, other_texts=1)  # so that there is a shard without a text
+    run(
+        config(
+            make_corpus(tmp_path / "corpus", rows), tmp_path / "run", cluster=ClusterConfig(clusters=1), contrast=alone
+        )
+    )
     artifact = artifacts.open_artifact(tmp_path / "run" / "head")
     _, prior = heads.load_head(artifact, stages.output_embeddings(load_causal_lm("tiny")))
     assert torch.equal(stages.read_vectors(artifact)["bob"], prior.mean_J)

@@ -62,7 +62,7 @@ def extract(
             for index, positions in zip(batch, found, strict=True):
                 parts[index] = renumbered(positions, first_text[index])
             bar.update(len(batch))
-    return concatenate([parts[index] for index in range(len(texts))])
+    return concatenate([_no_positions(features, top_k), *(parts[index] for index in range(len(texts)))])
 
 
 def fit_standardization(
@@ -123,6 +123,14 @@ def load_positions(file: Path) -> Positions:
     """What ``save_positions`` wrote; text numbers are those of the file."""
     with safe_open(file, framework="pt") as stored:
         return Positions(*(stored.get_tensor(field.name) for field in fields(Positions)))
+
+
+def _no_positions(features: FeatureMap, top_k: int) -> Positions:
+    """What comes of no text, so that people without one need no case of their own."""
+    whole, real = torch.zeros(0, dtype=torch.long), torch.zeros(0)
+    candidates_Nk = torch.zeros(0, top_k, dtype=torch.long)
+    features_Nd = torch.zeros(0, features.whitening_dd.shape[1])
+    return Positions(features_Nd, candidates_Nk, candidates_Nk.float(), whole, real, whole)
 
 
 def _first_texts(texts: Sequence[Branches]) -> list[int]:

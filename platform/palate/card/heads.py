@@ -30,6 +30,7 @@ from palate.artifacts import Artifact
 from palate.card import pairs
 from palate.card.correction import FeatureMap, Head
 from palate.card.preferences import Positions, Prior, log_ratios
+from palate.config import identity as identity_fields
 from palate.training import loop
 from palate.training.parallel import World
 from palate.training.stream import ListSource, Stream
@@ -355,7 +356,9 @@ def train_head(
         vectors = (model.vectors - 1).square().sum() / strength.vector_deviation**2
         return replace(output, loss=output.loss + 0.5 * share * (weights + vectors))
 
-    loop.train(model, groups, stream, weigh, loss, settings, folder, World(), identity=identity)
+    # All that decides the result and is no setting of the loop, lest another head's checkpoint be gone on from.
+    described = {"prefer": identity_fields(config), "strength": vars(strength), **(identity or {})}
+    loop.train(model, groups, stream, weigh, loss, settings, folder, World(), identity=described)
     return model.requires_grad_(False)
 
 

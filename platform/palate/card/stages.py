@@ -11,6 +11,7 @@ Every stage reads artifacts and writes one; started again, the pipeline skips wh
 """
 
 import hashlib
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -36,6 +37,7 @@ from palate.config import identity, scale
 from palate.corpora import schema
 from palate.corpora.schema import Item
 from palate.models.causal_lm import LoadedModel, answer_ids, load_causal_lm
+from palate.training.checkpoints import Store
 from palate.training.parallel import World
 
 STYLE, CLUSTERS, ADAPTERS, HEAD = "card-style", "card-clusters", "card-adapters", "card-head"
@@ -159,8 +161,10 @@ def read_people(corpus: Artifact, learn_from: str = "everyone") -> People:
 
 def pipeline(config: CardConfig, world: World, *, sampler: contrast.Sampler) -> None:
     """Run all stages, or what is left of them; every rank of ``world`` calls it."""
+    check_settings(config)
     corpus = artifacts.open_artifact(config.corpus, schema.TEXT_CORPUS)
     people = read_people(corpus, config.learn_from)
+    check_histories(config, people)
     if config.fresh:
         if world.main:
             _discard_all(config.out)
@@ -168,12 +172,69 @@ def pipeline(config: CardConfig, world: World, *, sampler: contrast.Sampler) -> 
     style = on_main(world, lambda: style_stage(config, corpus, people))
     clusters = on_main(world, lambda: cluster_stage(config, style, people))
     loaded = load_causal_lm(config.model, device=str(world.device))
+    if config.contrast.top_k > loaded.fingerprint["vocab_size"]:
+        raise ValueError(
+            f"--top-k {config.contrast.top_k}: {loaded.name} knows {loaded.fingerprint['vocab_size']} tokens only"
+        )
     with announced(world, "adapt"):
         trained, rows = adapt_stage(config, corpus, clusters, people, loaded, world)
     with announced(world, "contrast"):
         statistics, shards = contrast_stage(config, corpus, clusters, trained, people, loaded, rows, world, sampler)
     with announced(world, "prefer"):
         on_main(world, lambda: prefer_stage(config, trained, statistics, shards, people, clusters, loaded))
+
+
+def check_settings(config: CardConfig) -> None:
+    """Refuse settings that would fail, or learn nothing, only when hours of work are done.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if artifacts.locate(config.out)[1] == artifacts.locate(config.corpus)[1]:
+        raise ValueError(f"--out {config.out} is the corpus itself: choose another folder for the run")
+    for least, part, names in (
+        (1, config.cluster, () if config.cluster.clusters == "auto" else ("clusters",)),
+        (1, config.prompt, ("max_answer_tokens",)),
+        (0, config.prompt, ("history_k",)),
+        (1, config.adapt, ("rank", "epochs", "batch")),
+        (1, config.contrast, ("contrast_items", "top_k", "people_per_shard")),
+        (0, config.contrast, ("cluster_texts", "other_texts")),
+        (1, config.prefer, ("width", "head_epochs", "head_batch")),
+    ):
+        for name in names:
+            if getattr(part, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(part, name)}")
+    if config.adapt.max_steps is not None and config.adapt.max_steps < 1:
+        raise ValueError(f"--max-steps must be at least 1, got {config.adapt.max_steps}: leave it out for no limit")
+    if not 0 < config.contrast.contrast_share <= 1:  # NaN, too
+        raise ValueError(f"--contrast-share must be above 0 and at most 1, got {config.contrast.contrast_share}")
+    prefer = config.prefer
+    for name in ("head_precision", "vector_deviation"):
+        if not getattr(prefer, name) or not all(0 < value < math.inf for value in getattr(prefer, name)):
+            raise ValueError(f"--{name.replace('_', '-')} needs numbers above 0, got {list(getattr(prefer, name))}")
+    compared = (prefer.cluster_weight and config.contrast.cluster_texts) or (
+        prefer.other_weight and config.contrast.other_texts
+    )
+    if prefer.reward == "additive" and not compared:
+        raise ValueError(
+            "--reward additive learns from pairs alone, and has none: set --cluster-weight and --cluster-texts, or "
+            "--other-weight and --other-texts, above 0"
+        )
+
+
+def check_histories(config: CardConfig, people: People) -> None:
+    """Refuse histories too short to be divided between adapters and vectors, before anything is trained.
+
+    Raises:
+        ValueError: no text would be left for the vectors.
+    """
+    share = config.contrast.contrast_share
+    if not any(people.for_vectors(user, share, 1) for user in people.learned_from):
+        longest = max(len(people.histories[user]) for user in people.learned_from)
+        raise ValueError(
+            f"no text is left to learn vectors from: the longest history that is learned from has {longest} items, and "
+            f"--contrast-share {share} keeps none of them from the adapters. Raise it, or prepare longer histories"
+        )
 
 
 def style_stage(config: CardConfig, corpus: Artifact, people: People) -> Artifact:
@@ -549,5 +610,15 @@ def _draw(seed: int, item: Item, number: int) -> int:
 
 
 def _discard_all(out: str) -> None:
-    for name in ("style", "clusters", "adapters", "head", "contrast/statistics"):
+    """Remove the artifacts of the run and the checkpoints of its trainings, which would be gone on from otherwise."""
+    for name in ("style", "clusters", "adapters", "head", *_folders(out, "contrast")):
         artifacts.discard(join(out, name))
+    for name in ("training/adapters", *_folders(out, "training/head")):
+        Store(join(out, name), {}, keep=1, world=World()).discard()
+
+
+def _folders(out: str, name: str) -> list[str]:
+    """What lies in a folder of the run, by path relative to it."""
+    filesystem, root = artifacts.locate(join(out, name))
+    found = filesystem.ls(root, detail=False) if filesystem.exists(root) else []
+    return sorted(f"{name}/{path.rstrip('/').rpartition('/')[2]}" for path in found)
