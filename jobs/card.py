@@ -15,7 +15,7 @@ def main() -> None:
     worker = partial(pipeline, sampler=sample_answers)
     try:
         launch(worker, config, launcher=config.launcher, workers=config.workers, folder=config.out)
-    except (ArtifactError, TrainingStopped, ValueError) as error:
+    except (ArtifactError, TrainingStopped, ValueError, OSError) as error:
         raise SystemExit(f"card: {error}") from None
 
 

@@ -45,7 +45,7 @@ def main() -> None:
             comparison = run(config)
             with progress.stage("evaluate"):
                 report = make_report(comparison)
-    except (ArtifactError, TrainingStopped, ValueError) as error:
+    except (ArtifactError, TrainingStopped, ValueError, OSError) as error:
         raise SystemExit(f"demo: {error}") from None
     show(comparison)
     print(f"\nreport: {report.url}/report.md")

@@ -14,7 +14,7 @@ def main() -> None:
     try:
         corpus = open_artifact(config.corpus, TEXT_CORPUS)
         report = make_report(Comparison(config, corpus, read_run(config.run, corpus)))
-    except (ArtifactError, ValueError) as error:
+    except (ArtifactError, ValueError, OSError) as error:
         raise SystemExit(f"evaluate: {error}") from None
     print(f"{report.url}/report.md: own minus permuted {report.summary}")
 

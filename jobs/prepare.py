@@ -42,7 +42,7 @@ def main() -> None:
     config = configs.parse(Command, __doc__)
     try:
         corpus = MAKE[type(config)](config)
-    except (CorpusError, ArtifactError) as error:
+    except (CorpusError, ArtifactError, OSError) as error:
         raise SystemExit(f"prepare: {error}") from None
     print(f"{corpus.url}:")
     for name, value in corpus.summary.items():

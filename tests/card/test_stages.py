@@ -1,5 +1,6 @@
 """The whole of CARD on a tiny model: what it leaves, resumption at every stage, and corpora at the edge."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -145,6 +146,18 @@ def test_fresh_makes_everything_anew(corpus, tmp_path):
         run(replace(first, out=str(tmp_path / name), **changes))
         made = [artifacts.open_artifact(tmp_path / out / "head") for out in ("run", name)]
         assert made[0].digest == made[1].digest  # as in a new folder
+
+
+@pytest.mark.parametrize("damaged", ["adapters/cluster-001/adapter_model.safetensors", "contrast/shard-00001*/texts*"])
+def test_damaged_bytes_of_an_earlier_stage_are_refused(corpus, finished, tmp_path, damaged):
+    shutil.copytree(finished, tmp_path / "run")
+    artifacts.discard(tmp_path / "run" / "head")
+    (file,) = (tmp_path / "run").glob(damaged)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(artifacts.ArtifactCorrupt, match=file.name):
+        run(config(corpus, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,12 @@ def test_what_is_wrong_with_the_input_ends_the_job_with_its_message(monkeypatch,
         run(monkeypatch, "lamp", "--questions", tmp_path / "absent.json", "--task", "LaMP_4", "--out", tmp_path / "out")
 
 
+def test_a_place_that_cannot_be_written_ends_the_job_with_one_line(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"prepare: .*file"):
+        run(monkeypatch, "personas", "--people", "2", "--out", str(tmp_path / "file" / "corpus"))
+
+
 def test_the_local_launcher_never_imports_ray(tmp_path):
     (tmp_path / "texts.jsonl").write_text(json.dumps({"user_id": "u", "input": "x", "output": "y"}))
     out = tmp_path / "out"

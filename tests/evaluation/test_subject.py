@@ -1,6 +1,7 @@
 """A run as ``jobs/card.py`` leaves it, read for evaluation and evaluated by the job."""
 
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -63,6 +64,16 @@ def test_another_corpus_or_an_unfinished_run_is_refused(run: str, corpus: artifa
         read_run(str(tmp_path / "nothing"), corpus)
 
 
+@pytest.mark.parametrize("file", ["head/head.safetensors", "head/vectors.parquet", "clusters/assignment.parquet"])
+def test_a_run_with_damaged_bytes_is_refused(run: str, corpus: artifacts.Artifact, tmp_path: Path, file: str) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    content = bytearray((tmp_path / "run" / file).read_bytes())
+    content[200] ^= 1  # as long as before, and often still readable
+    (tmp_path / "run" / file).write_bytes(content)
+    with pytest.raises(artifacts.ArtifactCorrupt, match=file):
+        read_run(str(tmp_path / "run"), corpus)
+
+
 def test_the_job_writes_the_report(
     run: str, corpus: artifacts.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -79,3 +90,7 @@ def test_the_job_writes_the_report(
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "text", *arguments, "nothing"])
     with pytest.raises(SystemExit, match="evaluate: --systems nothing"):
         runpy.run_path(str(JOB), run_name="__main__")
+    for flag, value in (("draws", "0"), ("resamples", "0"), ("retrieval-k", "0")):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "text", *arguments, f"--{flag}", value])
+        with pytest.raises(SystemExit, match=f"evaluate: --{flag} "):
+            runpy.run_path(str(JOB), run_name="__main__")

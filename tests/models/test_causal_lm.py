@@ -195,3 +195,9 @@ def test_a_special_token_that_somebody_typed_stays_text(tiny):
         [{"role": "user", "content": "hello there"}], add_generation_prompt=True, return_dict=False
     )
     assert causal_lm.render_prompt(loaded, "hello there") == list(official)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_a_device_that_is_not_here_is_named():
+    with pytest.raises(ValueError, match=r"--device cuda: .* finds no CUDA device"):
+        causal_lm.load_causal_lm("tiny", device="cuda")

@@ -125,10 +125,15 @@ def write(writer: Writer, texts: Sequence[pairs.Text], positions: Positions) -> 
 
 
 def read(shards: Sequence[Artifact]) -> tuple[list[pairs.Text], Positions]:
-    """The texts of all shards in order, and their positions, numbered alike."""
+    """The texts of all shards in order, and their positions, numbered alike.
+
+    Raises:
+        ArtifactCorrupt: a shard has other bytes than were written.
+    """
     texts: list[pairs.Text] = []
     parts = []
     for shard in shards:
+        shard.verify()
         positions = features.load_positions(shard.local(POSITIONS))
         parts.append(features.renumbered(positions, len(texts)))
         texts += [pairs.Text(**row) for row in pq.read_table(shard.local(TEXTS), schema=pairs.TEXTS).to_pylist()]

@@ -313,7 +313,7 @@ def adapt_stage(
     inputs = {"corpus": corpus, "clusters": clusters}
     finished = artifacts.finished(target, kind=ADAPTERS, config=settings, inputs=inputs)
     if finished is not None:
-        return finished, adapters.load_adapters(loaded.model, adapter_folders(finished))
+        return finished.verify(), adapters.load_adapters(loaded.model, adapter_folders(finished))
     if imported:
         rows = adapters.load_adapters(loaded.model, imported)
 

@@ -111,8 +111,13 @@ class Comparison:
         """Read the corpus and choose the questions.
 
         Raises:
-            ValueError: no question is left, or a system has no such name.
+            ValueError: no question is left, a system has no such name, or a number is too small.
         """
+        for name in ("draws", "generation_draws", "resamples", "max_users", "max_questions", "max_new_tokens"):
+            if (value := getattr(config, name)) is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if any(k < 1 for k in config.retrieval_k):
+            raise ValueError(f"--retrieval-k needs numbers above 0, got {list(config.retrieval_k)}")
         self.config, self.corpus, self.subject = config, corpus, subject
         self.task: Task = read_task(self.corpus)
         self.items: list[Item] = read_items(self.corpus)

@@ -54,11 +54,12 @@ def read_run(url: str, corpus: Artifact) -> Subject:
 
     Raises:
         ArtifactMissing: a stage of the run is not finished.
+        ArtifactCorrupt: a file of it has other bytes than were written.
         ArtifactMismatch: the run was made from another corpus.
     """
-    clusters = artifacts.open_artifact(artifacts.join(url, "clusters"), stages.CLUSTERS)
-    trained = artifacts.open_artifact(artifacts.join(url, "adapters"), stages.ADAPTERS)
-    fitted = artifacts.open_artifact(artifacts.join(url, "head"), stages.HEAD)
+    clusters = artifacts.open_artifact(artifacts.join(url, "clusters"), stages.CLUSTERS).verify()
+    trained = artifacts.open_artifact(artifacts.join(url, "adapters"), stages.ADAPTERS).verify()
+    fitted = artifacts.open_artifact(artifacts.join(url, "head"), stages.HEAD).verify()
     if trained.inputs["corpus"] != corpus.digest:
         raise ArtifactMismatch(
             f"the run {url} was made from another corpus than {corpus.url} (digest {trained.inputs['corpus'][:12]}… "

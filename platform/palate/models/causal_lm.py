@@ -64,8 +64,11 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, device: str
         name: a hub id, a local folder, a ``.gguf`` file, ``smollm2`` or ``tiny``.
 
     Raises:
-        ValueError: there is no such model, or it cannot be reached; the message says what names are possible.
+        ValueError: there is no such model, or it cannot be reached; the message says what names are possible. Or there
+            is no such device.
     """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch {torch.__version__} finds no CUDA device here; use cpu")
     if name == "tiny":
         return wrap(_tiny_model().to(dtype).to(device), _tiny_tokenizer(), name)
     folder = Path(name).expanduser()
