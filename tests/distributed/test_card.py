@@ -55,7 +55,7 @@ def alone(corpus, tmp_path_factory):
     return out
 
 
-def require_same(out: Path, expected: Path) -> None:
+def assert_same(out: Path, expected: Path) -> None:
     for cluster in ("cluster-000", "cluster-001"):
         tensors = [load_file(run / "adapters" / cluster / "adapter_model.safetensors") for run in (out, expected)]
         for name, tensor in tensors[0].items():
@@ -72,7 +72,7 @@ def test_two_ranks_of_torchrun_end_as_one_process(corpus, alone, tmp_path):
     command += ["--launcher", "torchrun", "--corpus", corpus, "--out", str(tmp_path / "run"), *FLAGS.split()]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    require_same(tmp_path / "run", alone)
+    assert_same(tmp_path / "run", alone)
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_two_workers_of_ray_end_as_one_process(corpus, alone, tmp_path, ray_clus
     config = settings(corpus, tmp_path / "run")
     worker = partial(stages.pipeline, sampler=sample_answers)
     launch(worker, config, launcher="ray", workers=2, folder=config.out)
-    require_same(tmp_path / "run", alone)
+    assert_same(tmp_path / "run", alone)
 
 
 def test_the_job_says_what_is_wrong_in_one_line(tmp_path):

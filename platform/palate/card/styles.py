@@ -54,7 +54,7 @@ class StyleConfig:
 
 @dataclass(frozen=True)
 class StyleMap:
-    """A fitted stylometric embedding: plain arrays, so that it is stored without pickle.
+    """A fitted stylometric embedding: plain arrays, so that it is stored as safetensors.
 
     ``idf_H`` weighs H hashed n-grams, ``components_DH`` reduces them, ``mean_F`` and ``scale_F`` standardize surface
     features.
