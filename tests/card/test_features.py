@@ -73,15 +73,6 @@ def test_positions_are_those_of_a_plain_forward_pass(packed):
             number += 1
 
 
-def test_whitened_features_have_zero_mean_and_unit_covariance():
-    generator = torch.Generator().manual_seed(3)
-    raw = torch.randn(4000, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + 3
-    mean, matrix = features.fit_whitening(raw, shrinkage=1e-6)
-    white = (raw - mean) @ matrix
-    torch.testing.assert_close(white.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
-    torch.testing.assert_close(white.t() @ white / len(white), torch.eye(6), atol=1e-2, rtol=0)
-
-
 def test_standardization_is_that_of_the_answers(packed):
     loaded, rows = packed
     fitted = features.fit_standardization(loaded, rows, LAYERS, TEXTS)

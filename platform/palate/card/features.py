@@ -90,19 +90,6 @@ def fit_standardization(
     return FeatureMap(tuple(layers), mean_Ld.float(), scale_Ld.float(), torch.eye(mean_Ld.shape[1]))
 
 
-def fit_whitening(features_Nd: Tensor, shrinkage: float = 0.01) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and matrix (d, d) that give features zero mean and near unit covariance (ZCA, shrunk to the diagonal).
-
-    ``shrinkage`` of the mean variance is added to every eigenvalue, so that directions seen by chance do not explode.
-    """
-    mean_d = features_Nd.double().mean(0)
-    centred = features_Nd.double() - mean_d
-    covariance = centred.t() @ centred / max(len(centred), 1)
-    values, vectors = torch.linalg.eigh(covariance)
-    scales = (values.clamp(min=0) + shrinkage * values.mean()).rsqrt()
-    return mean_d.float(), ((vectors * scales) @ vectors.t()).float()
-
-
 def concatenate(parts: Sequence[Positions]) -> Positions:
     """One ``Positions`` of several whose texts are numbered already."""
     return Positions(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Positions)))
