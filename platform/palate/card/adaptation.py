@@ -22,7 +22,7 @@ from palate.training.stream import ListSource, Stream
 
 @dataclass(frozen=True)
 class AdaptConfig:
-    """How the cluster adapters are trained; the defaults were set on development users, see docs/results/card.md."""
+    """How the cluster adapters are trained. The defaults are common values for LoRA and were not searched."""
 
     rank: int = 8
     """Rank of every adapter."""

@@ -40,7 +40,8 @@ HEAD, HEAD_FILE = "head.json", "head.safetensors"
 
 @dataclass(frozen=True)
 class PreferConfig:
-    """How head and prior are learned; the defaults were set on development users, see docs/results/card.md."""
+    """How head and prior are learned; the defaults come from texts kept out of histories and from development users'
+    questions. What was ablated since: docs/results/card.md."""
 
     width: int = 64
     """Width of a user vector (J)."""
