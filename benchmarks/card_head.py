@@ -11,8 +11,9 @@ questions, or of the test users, is looked at.
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,31 +24,49 @@ from palate.artifacts import join
 from palate.card import contrast, heads, pairs, stages
 from palate.card.fitting import fit_vectors
 from palate.card.heads import PreferConfig, Strength
-from palate.card.preferences import Positions, log_ratios
+from palate.card.preferences import ABSENT, Positions, log_ratios
 from palate.config import scale
 from palate.corpora.schema import user_split
 from palate.evaluation.statistics import estimate
 from palate.models.causal_lm import load_causal_lm
 
-# One change at a time from the defaults: name, fields of PreferConfig, head precision, vector deviation.
-CHANGES: tuple[tuple[str, dict, float | None, float | None], ...] = (
-    ("defaults", {}, None, None),
-    ("embedding not whitened", {"embedding_power": 0.5}, None, None),
-    ("features whitened", {"feature_power": 0.0}, None, None),
-    ("features as they are", {"feature_power": 0.5}, None, None),
-    ("features squared spectrum", {"feature_power": 1.0}, None, None),
-    ("free output", {"output": "free"}, None, None),
-    ("additive reward", {"reward": "additive", "other_weight": 1.0, "cluster_weight": 1.0}, None, None),
-    ("width 16", {"width": 16}, None, None),
-    ("width 32", {"width": 32}, None, None),
-    ("width 128", {"width": 128}, None, None),
-    ("cluster pairs 0.1", {"cluster_weight": 0.1}, None, None),
-    ("other pairs 0.1", {"other_weight": 0.1}, None, None),
-    ("other pairs 1", {"other_weight": 1.0}, None, None),
-    ("head precision 60", {}, 60.0, None),
-    ("head precision 600", {}, 600.0, None),
-    ("vector deviation 0.3", {}, None, 0.3),
-    ("vector deviation 2", {}, None, 2.0),
+
+@dataclass(frozen=True)
+class Change:
+    """One change from the defaults: fields of PreferConfig, a prior's strength, candidates, or beta in scoring."""
+
+    name: str
+    prefer: dict[str, Any] = field(default_factory=dict)
+    head_precision: float | None = None
+    vector_deviation: float | None = None
+    top_k: int | None = None
+    beta: float = 1.0
+
+
+CHANGES = (
+    Change("defaults"),
+    Change("embedding not whitened", {"embedding_power": 0.5}),
+    Change("features whitened", {"feature_power": 0.0}),
+    Change("features as they are", {"feature_power": 0.5}),
+    Change("features squared spectrum", {"feature_power": 1.0}),
+    Change("free output", {"output": "free"}),
+    Change("additive reward", {"reward": "additive", "other_weight": 1.0, "cluster_weight": 1.0}),
+    Change("width 16", {"width": 16}),
+    Change("width 32", {"width": 32}),
+    Change("width 128", {"width": 128}),
+    Change("cluster pairs 0.1", {"cluster_weight": 0.1}),
+    Change("other pairs 0.1", {"other_weight": 0.1}),
+    Change("other pairs 1", {"other_weight": 1.0}),
+    Change("head precision 60", head_precision=60.0),
+    Change("head precision 600", head_precision=600.0),
+    Change("vector deviation 0.3", vector_deviation=0.3),
+    Change("vector deviation 2", vector_deviation=2.0),
+    Change("10 candidates", top_k=10),
+    Change("25 candidates", top_k=25),
+    Change("beta 0.5", beta=0.5),
+    Change("beta 0.75", beta=0.75),
+    Change("beta 1.5", beta=1.5),
+    Change("beta 2", beta=2.0),
 )
 
 
@@ -82,9 +101,8 @@ class Data:
 
 
 def read(run: str) -> Data:
-    filesystem, root = artifacts.locate(join(run, "contrast"))
-    names = sorted(Path(path).name for path in filesystem.ls(root, detail=False))
-    shards = [artifacts.open_artifact(join(run, "contrast", name)) for name in names if name.startswith("shard-")]
+    found = artifacts.folders(join(run, "contrast"))
+    shards = [artifacts.open_artifact(url, stages.SHARD) for url in found if "/shard-" in url]
     texts, positions = contrast.read(shards)
     people = {user: row for row, user in enumerate(sorted({text.user_id for text in texts}))}
     learned, kept, seen = [], [], dict.fromkeys(people, 0)
@@ -108,8 +126,22 @@ def read(run: str) -> Data:
     )
 
 
-def measure(data: Data, config: PreferConfig, strength: Strength) -> dict[str, list[float]]:
+def with_candidates(positions: Positions, top_k: int) -> Positions:
+    """The positions with the ``top_k`` likeliest of their candidates, which stand first."""
+    beyond_N = positions.target_N >= top_k
+    return replace(
+        positions,
+        candidates_Nk=positions.candidates_Nk[:, :top_k],
+        log_probs_Nk=positions.log_probs_Nk[:, :top_k],
+        target_N=torch.where(beyond_N, ABSENT, positions.target_N),
+    )
+
+
+def measure(data: Data, change: Change, strength: Strength) -> dict[str, list[float]]:
     """Mean and interval of each figure."""
+    config = replace(PreferConfig(), **change.prefer)
+    if change.top_k:
+        data = replace(data, positions=with_candidates(data.positions, change.top_k))
     numbers = torch.tensor([sample.text for sample in data.learned])
     learned_N = torch.isin(data.positions.text_N, numbers)
     features, positions = heads.final_features(data.statistics, data.positions, learned_N, config.feature_power)
@@ -124,7 +156,7 @@ def measure(data: Data, config: PreferConfig, strength: Strength) -> dict[str, l
         head = model.head(features, positions.candidates_Nk.shape[1])
         split = [positions.select(rows_N == row) for row in range(len(data.people))]
         vectors_UJ = torch.stack([fit.vector_J for fit in fit_vectors(split, head, heads.prior(config, strength))])
-    gains, accuracies = _score(data, positions, model, vectors_UJ)
+    gains, accuracies = _score(data, positions, model, vectors_UJ, change.beta)
     users = sorted(gains)
     table = np.array([gains[user] for user in users])
     accuracy = np.array([accuracies[user] for user in users])
@@ -143,7 +175,9 @@ def _own(data: Data, user: str) -> list[int]:
     return [sample.text for sample in data.learned if data.texts[sample.text].user_id == user]
 
 
-def _score(data: Data, positions: Positions, model: heads.HeadModel, vectors_UJ: torch.Tensor) -> tuple[dict, dict]:
+def _score(
+    data: Data, positions: Positions, model: heads.HeadModel, vectors_UJ: torch.Tensor, beta: float
+) -> tuple[dict, dict]:
     """Per development user: gain a token, and pair accuracy, with own, permuted and mean vectors."""
     names = list(data.people)
     mean_J = vectors_UJ.mean(0)
@@ -157,7 +191,7 @@ def _score(data: Data, positions: Positions, model: heads.HeadModel, vectors_UJ:
         for text in (sample.text, *sample.other_texts):
             here = positions.select(positions.text_N == text)
             deltas = [model.delta(here, vector_J) for vector_J in vectors]
-            ratios = [log_ratios(delta, here.log_probs_Nk, here.target_N).sum() for delta in deltas]
+            ratios = [log_ratios(delta, here.log_probs_Nk, here.target_N, beta).sum() for delta in deltas]
             rewards.append(torch.stack(ratios))
             tokens.append(len(here.target_N))
         own, mean, permuted = rewards[0][0], rewards[0][1], rewards[0][2:].mean()
@@ -183,13 +217,17 @@ def main() -> None:
     data = read(config.run)
     print(f"{len(data.people)} people, {len(data.learned)} texts to learn from, {len(data.kept)} scored")
     found = {}
-    for name, changes, precision, deviation in CHANGES:
-        if config.only and name not in config.only:
+    for change in CHANGES:
+        if config.only and change.name not in config.only:
             continue
-        strength = Strength(precision or config.head_precision, deviation or config.vector_deviation)
-        found[name] = measure(data, replace(PreferConfig(), **changes), strength)
-        cells = "  ".join(f"{key} {v[0]:+.3f} [{v[1]:+.3f}, {v[2]:+.3f}]" for key, v in found[name].items())
-        print(f"{name:>26}: {cells}", flush=True)
+        strength = Strength(
+            change.head_precision or config.head_precision, change.vector_deviation or config.vector_deviation
+        )
+        figures = found[change.name] = measure(data, change, strength)
+        if len(found) == 1:
+            print("| change | " + " | ".join(figures) + " |\n|---|" + "---|" * len(figures))
+        cells = " | ".join(f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" for value, low, high in figures.values())
+        print(f"| {change.name} | {cells} |", flush=True)
     path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"config": configs.to_dict(config), "changes": found}, indent=2) + "\n")

@@ -43,6 +43,7 @@ class Config:
     repeats: int = 15
     counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     ranks: tuple[int, ...] = (8, 16)
+    peft_counts: tuple[int, ...] = (1, 4, 16)
     out: Path = Path("packed_lora.json")
 
 
@@ -151,13 +152,14 @@ def curve_point(config: Config, base: PreTrainedModel, model: PreTrainedModel, c
 
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
-    headline = compare_with_peft(config, count=4, rank=8)
-    print(f"K=4, r=8, batch {config.batch}, all linear layers of {config.model}, on {config.device}:")
-    for name in ("base", "packed", "peft"):
-        print(f"  {name:7} {headline[f'{name}_seconds'] * 1000:8.1f} ms")
-    print(
-        f"  packed is {headline['packed_over_base']:.2f}x the base; PEFT is {headline['peft_over_packed']:.2f}x packed"
-    )
+    print(f"r=8, batch {config.batch}, all linear layers of {config.model}, on {config.device}:")
+    print("\n| K | base ms | packed ms | PEFT ms | packed / base | PEFT / packed |\n|--:|--:|--:|--:|--:|--:|")
+    headline = {}
+    for count in config.peft_counts:
+        found = headline[count] = compare_with_peft(config, count=count, rank=8)
+        milliseconds = " | ".join(f"{found[f'{name}_seconds'] * 1000:.1f}" for name in ("base", "packed", "peft"))
+        ratios = f"{found['packed_over_base']:.2f} | {found['peft_over_packed']:.2f}"
+        print(f"| {count} | {milliseconds} | {ratios} |", flush=True)
     base, model = (load_causal_lm(config.model, device=config.device).model for _ in range(2))
     points = [(count, rank) for rank in config.ranks for count in config.counts]
     curve = [curve_point(config, base, model, *point) for point in progress.track(points, "curve")]
@@ -168,7 +170,7 @@ def main(config: Config) -> None:
             f"| {point['gathered']:.2f} | {point['used']} |"
         )
     settings = {**vars(config), "out": str(config.out), "torch": torch.__version__}
-    config.out.write_text(json.dumps({"config": settings, "headline": headline, "curve": curve}, indent=2) + "\n")
+    config.out.write_text(json.dumps({"config": settings, "with_peft": headline, "curve": curve}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from functools import partial
 
 from palate import config as configs
 from palate.artifacts import ArtifactError
-from palate.card.stages import CardConfig, pipeline
+from palate.card.stages import CardConfig, pipeline, start_over
 from palate.distributed.launch import launch
 from palate.serving.answers import sample_answers
 from palate.training.guards import TrainingStopped
@@ -14,7 +14,14 @@ def main() -> None:
     config = configs.parse(CardConfig, __doc__)
     worker = partial(pipeline, sampler=sample_answers)
     try:
-        launch(worker, config, launcher=config.launcher, workers=config.workers, folder=config.out)
+        launch(
+            worker,
+            config,
+            launcher=config.launcher,
+            workers=config.workers,
+            folder=config.out,
+            once=start_over,
+        )
     except (ArtifactError, TrainingStopped, ValueError, OSError) as error:
         raise SystemExit(f"card: {error}") from None
 

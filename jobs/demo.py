@@ -9,7 +9,7 @@ from palate.artifacts import ArtifactError, join
 from palate.card.adaptation import AdaptConfig
 from palate.card.contrast import ContrastConfig
 from palate.card.heads import PreferConfig
-from palate.card.stages import CardConfig, PromptConfig, pipeline
+from palate.card.stages import CardConfig, PromptConfig, pipeline, start_over
 from palate.config import scale
 from palate.corpora.worlds import personas
 from palate.distributed.launch import launch
@@ -36,10 +36,14 @@ class DemoConfig:
     """Passes of the adapters over half of these texts."""
     asked: int = 10
     """People who are asked two questions each in the evaluation."""
+    fresh: bool = scale(False)
+    """Discard what --out holds and begin anew."""
 
 
 def main() -> None:
     config = configs.parse(DemoConfig, __doc__)
+    if config.asked < 1:
+        raise SystemExit(f"demo: --asked must be at least 1, got {config.asked}")
     try:
         with progress.stage("demo"):
             comparison = run(config)
@@ -56,7 +60,11 @@ def run(config: DemoConfig) -> Comparison:
     with progress.stage("corpus"):
         corpus = personas.prepare(
             personas.PersonasConfig(
-                out=join(config.out, "corpus"), people=config.people, items=config.items, questions=2
+                out=join(config.out, "corpus"),
+                people=config.people,
+                items=config.items,
+                questions=2,
+                fresh=config.fresh,
             )
         )
     card = CardConfig(
@@ -67,8 +75,9 @@ def run(config: DemoConfig) -> Comparison:
         adapt=AdaptConfig(epochs=config.epochs, learning_rate=2e-3),
         contrast=ContrastConfig(cluster_texts=0, other_texts=0),
         prefer=PreferConfig(head_precision=(60.0,), vector_deviation=(1.0,)),
+        fresh=config.fresh,
     )
-    launch(partial(pipeline, sampler=sample_answers), card, launcher="local", folder=card.out)
+    launch(partial(pipeline, sampler=sample_answers), card, launcher="local", folder=card.out, once=start_over)
     text = TextConfig(
         run=card.out,
         corpus=corpus.url,
@@ -79,6 +88,7 @@ def run(config: DemoConfig) -> Comparison:
         generation_draws=1,
         negatives=2,
         max_new_tokens=48,
+        fresh=config.fresh,
     )
     return Comparison(text, corpus, read_run(card.out, corpus))
 

@@ -192,6 +192,15 @@ def join(url: str | Path, *parts: str) -> str:
     return "/".join([str(url).rstrip("/"), *parts])
 
 
+def folders(url: str | Path) -> list[str]:
+    """URLs of the folders directly inside ``url``, sorted; none where it does not exist."""
+    filesystem, root = locate(url)
+    found = filesystem.ls(root, detail=True) if filesystem.isdir(root) else []
+    return sorted(
+        join(url, entry["name"].rstrip("/").rpartition("/")[2]) for entry in found if entry["type"] == "directory"
+    )
+
+
 def cache_folder() -> Path:
     """Where fetched and converted files are kept: $PALATE_CACHE, or palate under the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "palate"

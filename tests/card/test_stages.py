@@ -142,10 +142,19 @@ def test_fresh_makes_everything_anew(corpus, tmp_path):
         ("head", {"prefer": replace(first.prefer, head_precision=(2000.0,))}),
         ("all", upstream),
     ):
-        run(replace(first, fresh=True, **changes))
+        again = replace(first, fresh=True, **changes)
+        stages.start_over(again)
+        run(again)
         run(replace(first, out=str(tmp_path / name), **changes))
         made = [artifacts.open_artifact(tmp_path / out / "head") for out in ("run", name)]
         assert made[0].digest == made[1].digest  # as in a new folder
+
+
+def test_fresh_with_settings_that_cannot_work_discards_nothing(corpus, finished):
+    before = sorted(finished.rglob("*"))
+    with pytest.raises(ValueError, match="--epochs must be at least 1"):
+        stages.start_over(config(corpus, finished, fresh=True, adapt=AdaptConfig(epochs=0)))
+    assert sorted(finished.rglob("*")) == before
 
 
 @pytest.mark.parametrize("damaged", ["adapters/cluster-001/adapter_model.safetensors", "contrast/shard-00001*/texts*"])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -60,7 +61,7 @@ def gates(head: Head, features: Tensor) -> Tensor:
 def candidate_rows(head: Head, features_Nd: Tensor, candidates_Nk: Tensor) -> Tensor:
     """Phi of shape (N, k, J) with ``Delta = Phi p``: the correction is linear in the user's vector."""
     gates_NJ = gates(head, features_Nd)
-    return head.output_VJ[candidates_Nk] * gates_NJ[:, None, :]
+    return F.embedding(candidates_Nk, head.output_VJ) * gates_NJ[:, None, :]  # faster than indexing
 
 
 def correct(

@@ -6,13 +6,17 @@ them apart. A text is matched when its input is near and when it repeats about a
 does; without the second condition the own text is given away by its words.
 """
 
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from rouge_score import rouge_scorer
+from rouge_score.tokenizers import Tokenizer
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from palate.corpora.schema import Item, normalized
@@ -32,7 +36,7 @@ TEXTS = pa.schema(
     ]
 )
 
-_CHUNK = 512  # rows of a similarity matrix held at a time
+_CELLS = 10_000_000  # of a similarity matrix held at a time
 
 
 @dataclass(frozen=True)
@@ -54,51 +58,77 @@ def held_out(order: int, share: float) -> bool:
     return int((order + 1) * share + 1e-9) > int(order * share + 1e-9)
 
 
-def matched_texts(
-    items: Sequence[Item],
-    bank: Sequence[Item],
-    clusters: Mapping[str, int],
-    per_item: int,
-    *,
-    nearest: int = 20,
-) -> dict[str, list[Item]]:
-    """For each item (by ``item_id``), up to ``per_item`` items of other people whose texts could answer its input.
+class Bank:
+    """Texts that people wrote, to be searched for what others of their cluster could have answered to an input.
 
-    Among the ``nearest`` bank items of the same cluster by tf-idf of their sources, those whose text overlaps with the
-    item's source most nearly as the own text does. Where the cluster holds nobody else, everybody's items are searched.
-    Texts equal to the own one (normalized) are never taken. Deterministic; ties go to the earlier bank item.
+    Of a cluster with more than ``most`` texts, so many drawn ones are searched (the draw depends on their ids alone):
+    time and memory grow with the number of inputs, not with its square.
 
     Args:
-        items: whose inputs are answered, with the own text as ``output``.
-        bank: what may be taken: history items, never golds.
+        items: what may be taken: history items, never golds.
         clusters: each person's cluster.
     """
-    if not items or not bank or per_item == 0:
-        return {item.item_id: [] for item in items}
-    vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b", norm="l2")
-    try:
-        bank_vectors = vectorizer.fit_transform([_topic(item) for item in bank])
-        item_vectors = vectorizer.transform([_topic(item) for item in items])
-    except ValueError:  # no text holds a word, as in some scripts: all are equally near
-        bank_vectors = item_vectors = None
-    authors = np.array([item.user_id for item in bank])
-    homes = np.array([clusters.get(item.user_id, -1) for item in bank])
-    texts = [normalized(item.output) for item in bank]
-    found: dict[str, list[Item]] = {}
-    for start in range(0, len(items), _CHUNK):
-        chunk = items[start : start + _CHUNK]
-        similarity = (
-            np.zeros((len(chunk), len(bank)))
-            if bank_vectors is None
-            else (item_vectors[start : start + _CHUNK] @ bank_vectors.T).toarray()
-        )
-        for item, scores in zip(chunk, similarity, strict=True):
-            others = authors != item.user_id
-            allowed = others & (homes == clusters.get(item.user_id, -1))
-            rows = np.flatnonzero(allowed if allowed.any() else others)
-            ranked = rows[np.argsort(-scores[rows], kind="stable")]
-            found[item.item_id] = _alike(item, bank, texts, ranked, nearest)[:per_item]
-    return found
+
+    def __init__(self, items: Sequence[Item], clusters: Mapping[str, int], most: int = 20_000) -> None:
+        self._clusters = clusters
+        homes: dict[int, list[int]] = {}
+        for row, item in enumerate(items):
+            homes.setdefault(clusters.get(item.user_id, -1), []).append(row)
+        kept = sorted(row for rows in homes.values() for row in _drawn(items, rows, most))
+        self._items = [items[row] for row in kept]
+        self._texts = [normalized(item.output) for item in self._items]
+        self._authors = np.array([item.user_id for item in self._items])
+        self._homes = np.array([clusters.get(item.user_id, -1) for item in self._items])
+        self._people: dict[int, set[str]] = {}
+        for author, home in zip(self._authors.tolist(), self._homes.tolist(), strict=True):
+            self._people.setdefault(home, set()).add(author)
+        self._vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b", norm="l2")
+        try:
+            self._vectors = self._vectorizer.fit_transform([_topic(item) for item in self._items])
+        except ValueError:  # no text holds a word, as in some scripts: all are equally near
+            self._vectors = None
+
+    def matched(self, items: Sequence[Item], per_item: int, *, nearest: int = 20) -> dict[str, list[Item]]:
+        """For each item (by ``item_id``), up to ``per_item`` texts of other people that could answer its input.
+
+        Among the ``nearest`` texts of the same cluster by tf-idf of their sources, those whose text overlaps with the
+        item's source most nearly as the own text does. Where the cluster holds nobody else, everybody's are searched.
+        Texts equal to the own one (normalized) are never taken. Deterministic; ties go to the earlier text.
+        """
+        found: dict[str, list[Item]] = {item.item_id: [] for item in items}
+        if not self._items or per_item == 0:
+            return found
+        groups: dict[int | None, list[Item]] = {}
+        for item in items:
+            home = self._clusters.get(item.user_id, -1)
+            groups.setdefault(home if self._people.get(home, set()) - {item.user_id} else None, []).append(item)
+        for among, members in groups.items():
+            rows = np.arange(len(self._items)) if among is None else np.flatnonzero(self._homes == among)
+            step = max(1, _CELLS // len(rows))
+            for start in range(0, len(members), step):
+                chunk = members[start : start + step]
+                for item, scores in zip(chunk, self._similarity(chunk, rows), strict=True):
+                    others = np.flatnonzero(self._authors[rows] != item.user_id)
+                    ranked = rows[others[np.argsort(-scores[others], kind="stable")]]
+                    found[item.item_id] = self._alike(item, ranked, nearest)[:per_item]
+        return found
+
+    def _similarity(self, items: Sequence[Item], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        if self._vectors is None:
+            return np.zeros((len(items), len(rows)))
+        vectors = self._vectorizer.transform([_topic(item) for item in items])
+        return np.asarray((vectors @ self._vectors[rows].T).toarray())
+
+    def _alike(self, item: Item, ranked: NDArray[np.int64], nearest: int) -> list[Item]:
+        seen, near = {normalized(item.output)}, []
+        for row in ranked:
+            if self._texts[row] not in seen:
+                seen.add(self._texts[row])
+                near.append(self._items[row])
+            if len(near) == nearest:
+                break
+        wanted = overlap(item.output, item.source)
+        return sorted(near, key=lambda other: abs(overlap(other.output, item.source) - wanted))
 
 
 def drop_near_copies(own: str, texts: Sequence[str], threshold: float = 0.8) -> tuple[list[str], int]:
@@ -118,6 +148,9 @@ def near_copy(text: str, other: str, threshold: float = 0.8) -> bool:
     """Whether two texts are the same but for little: equal when normalized, or by ROUGE-L F-measure."""
     if normalized(text) == normalized(other):
         return True
+    shorter, longer = sorted((len(_WORDS.tokenize(text)), len(_WORDS.tokenize(other))))
+    if 2 * shorter < threshold * (shorter + longer):  # even if all the shorter one's words were in the longer one
+        return False
     return bool(_ROUGE.score(other, text)["rougeL"].fmeasure >= threshold)
 
 
@@ -128,20 +161,22 @@ def overlap(text: str, source: str) -> float:
     return sum(word in known for word in words) / len(words) if words else 0.0
 
 
-_ROUGE = rouge_scorer.RougeScorer(["rougeL"])
+class _Words(Tokenizer):
+    """Words of any script; rouge-score's own tokenizer sees a-z and digits only."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"\w+", text.lower())
 
 
-def _alike(item: Item, bank: Sequence[Item], texts: Sequence[str], ranked: np.ndarray, nearest: int) -> list[Item]:
-    own = normalized(item.output)
-    seen, near = {own}, []
-    for row in ranked:
-        if texts[row] not in seen:
-            seen.add(texts[row])
-            near.append(bank[row])
-        if len(near) == nearest:
-            break
-    wanted = overlap(item.output, item.source)
-    return sorted(near, key=lambda other: abs(overlap(other.output, item.source) - wanted))
+_WORDS = _Words()
+_ROUGE = rouge_scorer.RougeScorer(["rougeL"], tokenizer=_WORDS)
+
+
+def _drawn(items: Sequence[Item], rows: list[int], most: int) -> list[int]:
+    if len(rows) <= most:
+        return rows
+    lots = {row: hashlib.sha256(f"{items[row].user_id}/{items[row].item_id}".encode()).digest() for row in rows}
+    return sorted(rows, key=lots.__getitem__)[:most]
 
 
 def _topic(item: Item) -> str:

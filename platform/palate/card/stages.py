@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,16 +160,29 @@ def read_people(corpus: Artifact, learn_from: str = "everyone") -> People:
     )
 
 
+def start_over(config: CardConfig) -> None:
+    """Discard the run where ``--fresh`` asks for it; settings that cannot work are refused before anything is gone.
+
+    Done once a command, before any rank starts, lest ranks that are started again after a fault lose what was done.
+    """
+    check_settings(config)
+    check_histories(config, read_people(artifacts.open_artifact(config.corpus, schema.TEXT_CORPUS), config.learn_from))
+    if config.fresh:
+        for name in ("style", "clusters", "adapters", "head"):
+            artifacts.discard(join(config.out, name))
+        for shard in artifacts.folders(join(config.out, "contrast")):
+            artifacts.discard(shard)
+        # The checkpoints of its trainings would be gone on from otherwise.
+        for training in (join(config.out, "training/adapters"), *artifacts.folders(join(config.out, "training/head"))):
+            Store(training, {}, keep=1, world=World()).discard()
+
+
 def pipeline(config: CardConfig, world: World, *, sampler: contrast.Sampler) -> None:
     """Run all stages, or what is left of them; every rank of ``world`` calls it."""
     check_settings(config)
     corpus = artifacts.open_artifact(config.corpus, schema.TEXT_CORPUS)
     people = read_people(corpus, config.learn_from)
     check_histories(config, people)
-    if config.fresh:
-        if world.main:
-            _discard_all(config.out)
-        world.barrier()
     style = on_main(world, lambda: style_stage(config, corpus, people))
     clusters = on_main(world, lambda: cluster_stage(config, style, people))
     loaded = load_causal_lm(config.model, device=str(world.device))
@@ -209,6 +223,15 @@ def check_settings(config: CardConfig) -> None:
     if not 0 < config.contrast.contrast_share <= 1:  # NaN, too
         raise ValueError(f"--contrast-share must be above 0 and at most 1, got {config.contrast.contrast_share}")
     prefer = config.prefer
+    for part, names in ((config.adapt, ("learning_rate",)), (prefer, ("head_learning_rate", "vector_learning_rate"))):
+        for name in names:
+            if not 0 < getattr(part, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be a number above 0, got {getattr(part, name)}")
+    if not 0 < config.contrast.top_p <= 1 or not 0 <= config.contrast.temperature < math.inf:
+        raise ValueError(
+            f"--top-p must be above 0 and at most 1, --temperature a number not below 0, got "
+            f"{config.contrast.top_p} and {config.contrast.temperature}"
+        )
     for name in ("head_precision", "vector_deviation"):
         if not getattr(prefer, name) or not all(0 < value < math.inf for value in getattr(prefer, name)):
             raise ValueError(f"--{name.replace('_', '-')} needs numbers above 0, got {list(getattr(prefer, name))}")
@@ -319,7 +342,10 @@ def adapt_stage(
 
         def copy(writer: Writer) -> None:
             for cluster, folder in enumerate(imported):
-                shutil.copytree(folder, writer.folder / adaptation.group_name(cluster))
+                target = writer.folder / adaptation.group_name(cluster)
+                target.mkdir()
+                for name in ("adapter_config.json", "adapter_model.safetensors"):
+                    shutil.copy(folder / name, target / name)
             writer.write_json("base.json", {"model": config.model, "fingerprint": loaded.fingerprint})
 
         made = on_main(world, lambda: artifacts.ensure(target, copy, kind=ADAPTERS, config=settings, inputs=inputs))
@@ -393,7 +419,8 @@ def contrast_stage(
     feature_map = read_feature_map(statistics)
     size = config.contrast.people_per_shard
     shards = [users[start : start + size] for start in range(0, len(users), size)]
-    bank = [item for user in sorted(people.learned_from) for item in people.histories[user]]
+    written = [item for user in sorted(people.learned_from) for item in people.histories[user]]
+    bank = cache(lambda: pairs.Bank(written, assignment))  # made where a shard is left to do
 
     def url(number: int) -> str:
         return join(config.out, "contrast", f"shard-{number:05d}-of-{len(shards):05d}")
@@ -402,7 +429,7 @@ def contrast_stage(
         items = [item for user in shards[number] for item in kept[user]]
 
         def produce(writer: Writer, items: list[Item] = items) -> None:
-            made, dropped = _contrast(config, people, items, bank, assignment, loaded, rows, sampler)
+            made, dropped = _contrast(config, people, items, bank(), assignment, loaded, rows, sampler)
             branches = contrast.branches(made, loaded, config.prompt.max_answer_tokens)
             positions = features.extract(loaded, rows, feature_map, branches, config.contrast.top_k)
             texts = [text for one in made for text in one.texts]
@@ -524,7 +551,8 @@ def read_assignment(clusters: Artifact) -> dict[str, int]:
 def adapter_folders(trained: Artifact) -> list[Path]:
     """The PEFT folders of the clusters, in order."""
     root = trained.local_folder()
-    return sorted({root / Path(path).parts[0] for path in trained.paths("cluster-")})
+    count = len({Path(path).parts[0] for path in trained.paths("cluster-")})
+    return [root / adaptation.group_name(cluster) for cluster in range(count)]
 
 
 def read_feature_map(statistics: Artifact) -> FeatureMap:
@@ -574,7 +602,7 @@ def _contrast(
     config: CardConfig,
     people: People,
     items: Sequence[Item],
-    bank: Sequence[Item],
+    bank: pairs.Bank,
     assignment: Mapping[str, int],
     loaded: LoadedModel,
     rows: adapters.RowMask,
@@ -595,7 +623,7 @@ def _contrast(
     grouped = (
         [sampled[start : start + count] for start in range(0, len(sampled), count)] if count else [[]] * len(items)
     )
-    others = pairs.matched_texts(items, bank, assignment, config.contrast.other_texts)
+    others = bank.matched(items, config.contrast.other_texts)
     return contrast.contrasts(items, item_prompt, assignment, grouped, others)
 
 
@@ -607,18 +635,3 @@ def _lot(item: Item) -> str:
 def _draw(seed: int, item: Item, number: int) -> int:
     """The seed of an item's n-th sampled answer, whatever shard or rank draws it."""
     return int.from_bytes(hashlib.sha256(f"{seed} {number} {item.user_id}/{item.item_id}".encode()).digest()[:6], "big")
-
-
-def _discard_all(out: str) -> None:
-    """Remove the artifacts of the run and the checkpoints of its trainings, which would be gone on from otherwise."""
-    for name in ("style", "clusters", "adapters", "head", *_folders(out, "contrast")):
-        artifacts.discard(join(out, name))
-    for name in ("training/adapters", *_folders(out, "training/head")):
-        Store(join(out, name), {}, keep=1, world=World()).discard()
-
-
-def _folders(out: str, name: str) -> list[str]:
-    """What lies in a folder of the run, by path relative to it."""
-    filesystem, root = artifacts.locate(join(out, name))
-    found = filesystem.ls(root, detail=False) if filesystem.exists(root) else []
-    return sorted(f"{name}/{path.rstrip('/').rpartition('/')[2]}" for path in found)

@@ -203,7 +203,14 @@ def plot_curve(clustering: Clustering, file: Path) -> None:
     ):
         axes.plot(counts, [row[name] for row in clustering.curve], color=color, marker=marker, label=label)
     axes.axvline(chosen, color="#b5482a", linestyle="--", linewidth=1.2)
-    axes.annotate(f"chosen: {chosen}", (chosen, 0.0), xytext=(5, -10), textcoords="offset points", color="#b5482a")
+    axes.annotate(
+        f"chosen: {chosen}",
+        (chosen, 1.0),
+        xytext=(5, -10),
+        textcoords="offset points",
+        color="#b5482a",
+        xycoords=("data", "axes fraction"),
+    )
     lowest = min(0.0, *(row[name] for row in clustering.curve for name in ("silhouette", "stability")))
     axes.set(xlabel="clusters", ylabel="score", ylim=(lowest - 0.05, 1.0), xticks=counts)
     axes.set_title("How many clusters of style", loc="left", fontweight="bold")

@@ -79,5 +79,7 @@ def _texts(loaded: LoadedModel, tokens: Sequence[int]) -> list[str]:
     for token in tokens:
         text = loaded.tokenizer.decode([token])
         visible = text.strip() or text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
+        # Some tokens decode to nothing, as special ones of some tokenizers do: they are shown by their own name.
+        visible = visible or f"⟨{loaded.tokenizer.convert_ids_to_tokens(token)}⟩"
         shown.append(END if token in loaded.eos_ids else visible)
     return shown

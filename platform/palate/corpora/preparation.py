@@ -115,6 +115,8 @@ def prepare(recipe: Recipe, config: PrepareConfig, runner: Runner = run_local) -
         CorpusError: the input is not what the command says, or too much of it cannot be used.
         ArtifactMismatch: another corpus is there.
     """
+    if not 0 <= config.max_quarantined <= 1:  # NaN, too
+        raise CorpusError(f"--max-quarantined is a share from 0 to 1, got {config.max_quarantined}")
     identity = {**configs.identity(config), "inputs": dict(recipe.inputs)}
     config = dataclasses.replace(config, out=absolute(config.out))
     if config.fresh:

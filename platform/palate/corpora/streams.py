@@ -31,10 +31,14 @@ def opened(path: str, skip_mark: bool = True) -> Iterator[IO[bytes]]:
     """The file as a binary stream, past a byte order mark, with progress where reading takes long."""
     filesystem, inside = locate(path)
     if not filesystem.isfile(inside):
-        raise CorpusError(f"{path}: there is no such file")
+        found = "this is a folder, expected a file" if filesystem.isdir(inside) else "there is no such file"
+        raise CorpusError(f"{path}: {found}")
     label = path.rpartition("/")[2]
     with filesystem.open(inside, "rb") as stream, meter(label, filesystem.size(inside) // _MEGABYTE, "MB") as bar:
-        if not skip_mark or stream.read(3) != codecs.BOM_UTF8:
+        mark = stream.read(3)
+        if mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) and skip_mark:
+            raise CorpusError(f"{path}: found UTF-16, expected UTF-8: convert the file")
+        if not skip_mark or mark != codecs.BOM_UTF8:
             stream.seek(0)
         yield io.BufferedReader(_Metered(stream, bar), buffer_size=1 << 18)
 
@@ -124,7 +128,9 @@ def _json_errors(path: str) -> Iterator[None]:
     except ijson.IncompleteJSONError as error:
         raise CorpusError(f"{path} is cut off or broken JSON ({_first_line(error)}): fetch it again") from error
     except ijson.JSONError as error:
-        raise CorpusError(f"{path} is no valid JSON ({_first_line(error)}): check the file") from error
+        raise CorpusError(
+            f"{path} is not one JSON value ({_first_line(error)}): check the file; JSON Lines are for the jsonl command"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

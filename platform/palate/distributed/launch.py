@@ -37,24 +37,30 @@ def launch(
     launcher: Launcher,
     workers: int = 1,
     folder: str | Path,
+    once: Callable[[Config], None] | None = None,
 ) -> Result:
     """Run ``worker(config, world)``, a module-level function, on every rank; returns what rank 0's returned.
 
     Only ``ray`` imports Ray, and only it starts the ``workers``: ``local`` is one process, and torchrun has started
     its own before this is called.
 
+    Args:
+        once: done before any rank's work, and not again when ranks are started again after a fault.
+
     Raises:
         ValueError: ``local`` with more than one worker.
     """
-    if launcher == "ray":
-        return run_ray(worker, config, workers=workers, folder=folder)
     if launcher == "torchrun":
-        return run_torchrun(worker, config)
-    if workers > 1:
+        return run_torchrun(worker, config, once)
+    if launcher == "local" and workers > 1:
         raise ValueError(
             f"--launcher local is one process, but --workers is {workers}: start the script by `torchrun "
             f"--nproc-per-node {workers}` with --launcher torchrun, or use --launcher ray"
         )
+    if once:
+        once(config)
+    if launcher == "ray":
+        return run_ray(worker, config, workers=workers, folder=folder)
     return run_local(worker, config)
 
 

@@ -55,7 +55,7 @@ def select_cases(
             f"{len({question.user_id for question in questions})} people; try --users all"
         )
     as_items = [Item(q.user_id, q.question_id, 0, q.source, q.input, q.output or "", q.date) for q in asked]
-    matched = pairs.matched_texts(as_items, items, clusters, negatives)
+    matched = pairs.Bank(items, clusters).matched(as_items, negatives)
     return [
         Case(question, question.output or "", tuple(other.output for other in matched[question.question_id]))
         for question in asked

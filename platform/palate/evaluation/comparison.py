@@ -41,6 +41,7 @@ from palate.evaluation.subject import Subject
 from palate.evaluation.systems import AdapterSet, Spec, TextTable, assigned_vectors, standard, text_sums
 from palate.models.causal_lm import LoadedModel, answer_ids, check_compatible, load_causal_lm
 from palate.serving.engine import Engine, Request
+from palate.training.checkpoints import Store
 from palate.training.parallel import World
 
 TEXTS = pa.schema(
@@ -101,7 +102,7 @@ class TextConfig:
     device: str = scale("cpu")
     """Where the models run."""
     fresh: bool = scale(False)
-    """Write the report again; adapters, likelihoods and answers are kept."""
+    """Discard what --out holds, adapters, likelihoods and answers too, and begin anew."""
 
 
 class Comparison:
@@ -164,6 +165,16 @@ class Comparison:
                         made[f"answers {self._folder(spec, draw)}"] = self.generations(spec, draw)
         self.models.drop()
         return made
+
+    def discard(self) -> None:
+        """Remove all that was made in OUT before."""
+        for part in ("likelihoods", "generations", "judgements"):
+            for folder in artifacts.folders(self._url(part)):
+                artifacts.discard(folder)
+        for name in ("adapters-shared", "adapters-user", "report"):
+            artifacts.discard(self._url(name))
+        for which in ("shared", "user"):
+            Store(self._url(f"adapters-{which}.training"), {}, keep=1, world=World()).discard()
 
     def draws(self, spec: Spec) -> range:
         """The draws of a system's vectors that answers are generated with."""

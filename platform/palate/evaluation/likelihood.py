@@ -26,7 +26,7 @@ def bits_per_token(
     if not np.all(tokens >= 1):
         raise ValueError("every text needs at least one scored token: leave out texts without tokens")
     values = np.asarray(nll_nats_N, dtype=np.float64) / tokens / np.log(2.0)
-    return Scores(tuple(questions), tuple(users), values, weights=tokens, unit="bits/token", higher_is_better=False)
+    return Scores(tuple(questions), tuple(users), values, weights=tokens, unit="bits per token", higher_is_better=False)
 
 
 def pair_accuracy(chosen_N: ArrayLike, rejected_N: ArrayLike, questions: Sequence[str], users: Sequence[str]) -> Scores:

@@ -379,7 +379,7 @@ def _frame(title: str, rows: Sequence[str], panels: Mapping[str, Sequence[Cell]]
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     for axis, (metric, cells) in zip(axes, panels.items(), strict=False):
-        unit = f", {cells[0].unit}" if cells[0].unit else ""
+        unit = f", {cells[0].unit}" if cells[0].unit and cells[0].unit not in metric else ""
         better = "higher is better" if cells[0].higher_is_better else "lower is better"
         axis.set_title(f"{metric}{unit}", loc="left", fontsize=9.5, fontweight="bold", color=_INK, pad=6)
         axis.set_xlabel(better, fontsize=8, color="#6b7280")

@@ -147,7 +147,10 @@ def derangement(people: Sequence[str] | Mapping[str, object], groups: Mapping[st
     """
     everybody = sorted(people)
     if len(everybody) < 2:
-        raise ValueError("permuted vectors need at least two people with a vector")
+        raise ValueError(
+            "permuted vectors need at least two people with a vector, and this run has one: name the systems to "
+            "compare, such as --systems base cluster card"
+        )
     draw = np.random.default_rng([seed, 0])
     members: dict[int, list[str]] = {}
     for person in everybody:

@@ -26,8 +26,10 @@ Answers = Mapping[str, list[dict[str, str]]]  # by system, a mapping of question
 
 def make_report(comparison: Comparison) -> Artifact:
     """The report at OUT/report, with everything that it needs made first."""
-    made = comparison.make()
     config = comparison.config
+    if config.fresh:
+        comparison.discard()
+    made = comparison.make()
 
     def produce(writer: Writer) -> None:
         _write(comparison, writer)
@@ -38,7 +40,6 @@ def make_report(comparison: Comparison) -> Artifact:
         kind="text-report",
         config=config,
         inputs={"corpus": comparison.corpus, **made},
-        fresh=config.fresh,
     )
 
 
@@ -169,7 +170,6 @@ def _judgement(
         kind="judgement",
         config={"model": asked.model, "answers": digest([dict(first), dict(second)])},
         inputs={"corpus": comparison.corpus},
-        fresh=config.fresh,
     )
     return judge.Judgement.from_json(made.read_json("judgement.json"))
 

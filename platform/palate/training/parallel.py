@@ -89,8 +89,12 @@ def run_local(worker: Callable[[Config, World], Result], config: Config) -> Resu
     return worker(config, World.current())
 
 
-def run_torchrun(worker: Callable[[Config, World], Result], config: Config) -> Result:
+def run_torchrun(
+    worker: Callable[[Config, World], Result], config: Config, once: Callable[[Config], None] | None = None
+) -> Result:
     """Run ``worker`` as one rank of the group that ``torchrun`` started this process in.
+
+    ``once`` is done by rank 0 before, unless torchrun has started the group again after a fault.
 
     Raises:
         ValueError: it was not started by torchrun.
@@ -101,7 +105,11 @@ def run_torchrun(worker: Callable[[Config, World], Result], config: Config) -> R
             "`torchrun --nproc-per-node N script.py …`, or pass --launcher local"
         )
     with process_group():
-        return worker(config, World.current())
+        world = World.current()
+        if once and world.main and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            once(config)
+        world.barrier()
+        return worker(config, world)
 
 
 @contextmanager
