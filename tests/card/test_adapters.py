@@ -7,29 +7,16 @@ import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from palate.card import adapters
+from toy_llama import toy_llama
 
 CONFIG = adapters.LoraConfig(rank=4, alpha=8.0)
 CLUSTERS = 3
 
 
-def base_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 def packed_model(randomize: bool = True):
-    model = base_model()
+    model = toy_llama(97)
     rows = adapters.pack(model, CLUSTERS, CONFIG)
     if randomize:
         generator = torch.Generator().manual_seed(1)
@@ -42,7 +29,7 @@ def packed_model(randomize: bool = True):
 def peft_model(folder, model) -> PeftModel:
     for cluster in range(CLUSTERS):
         adapters.export_adapter(model, cluster, CONFIG, folder / str(cluster), "tiny")
-    peft = PeftModel.from_pretrained(base_model(), folder / "0", adapter_name="0", is_trainable=True)
+    peft = PeftModel.from_pretrained(toy_llama(97), folder / "0", adapter_name="0", is_trainable=True)
     for cluster in range(1, CLUSTERS):
         peft.load_adapter(folder / str(cluster), adapter_name=str(cluster), is_trainable=True)
     return peft
@@ -61,20 +48,20 @@ def test_forward_equals_peft_with_adapter_names(tmp_path):
         expected = peft(input_ids=TOKENS, adapter_names=names).logits
         found = model(input_ids=TOKENS).logits
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
-    assert (found - base_model()(input_ids=TOKENS).logits)[0].abs().max() > 1e-3  # the adapters do something
+    assert (found - toy_llama(97)(input_ids=TOKENS).logits)[0].abs().max() > 1e-3  # the adapters do something
 
 
 @pytest.mark.parametrize("limit", [0, 10_000])
 @pytest.mark.parametrize("targets", [adapters.ALL_LINEAR, adapters.ATTENTION, ("k_proj", "up_proj")])
 def test_both_products_without_gradients_equal_the_one_with(monkeypatch, limit, targets):
     monkeypatch.setattr(adapters, "MASKED_UP_TO", limit)
-    model = base_model()
+    model = toy_llama(97)
     rows = adapters.pack(model, CLUSTERS, adapters.LoraConfig(rank=4, alpha=8.0, targets=targets))
     for _, layer in adapters.packed_layers(model):
         assert layer.readers.masked == (limit > 0)
         for B in layer.B:
             torch.nn.init.normal_(B, std=0.1)
-    base_logits = base_model()(input_ids=TOKENS).logits
+    base_logits = toy_llama(97)(input_ids=TOKENS).logits
     for chosen in (ROWS, ROWS.flip(0), torch.zeros(5, dtype=torch.long)):
         rows.set(chosen)
         expected = model(input_ids=TOKENS).logits.detach()
@@ -152,7 +139,7 @@ def test_a_base_row_has_the_base_models_logits():
     model, rows = packed_model()
     rows.set(torch.full((5,), adapters.BASE))
     with torch.no_grad():
-        assert torch.equal(model(input_ids=TOKENS).logits, base_model()(input_ids=TOKENS).logits)
+        assert torch.equal(model(input_ids=TOKENS).logits, toy_llama(97)(input_ids=TOKENS).logits)
 
 
 def test_gradients_equal_peft_one_adapter_at_a_time(tmp_path):
@@ -175,7 +162,7 @@ def test_gradients_equal_peft_one_adapter_at_a_time(tmp_path):
 def test_export_then_import_is_exact_and_pads_a_lower_rank(tmp_path):
     model, rows = packed_model()
     adapters.export_adapter(model, 1, CONFIG, tmp_path / "one", "tiny")
-    wide = base_model()
+    wide = toy_llama(97)
     wide_rows = adapters.pack(wide, 2, adapters.LoraConfig(rank=6, alpha=99.0))
     adapters.import_adapter(wide, wide_rows, 0, tmp_path / "one")
     rows.set(torch.ones(5, dtype=torch.long))
@@ -189,9 +176,9 @@ def test_an_adapter_that_peft_made_loads_here(tmp_path):
     settings = PeftConfig(
         r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], init_lora_weights=False, use_rslora=True
     )
-    peft = get_peft_model(base_model(), settings).eval()
+    peft = get_peft_model(toy_llama(97), settings).eval()
     peft.save_pretrained(tmp_path)
-    model = base_model()
+    model = toy_llama(97)
     rows = adapters.load_adapters(model, [tmp_path])
     rows.set(torch.zeros(5, dtype=torch.long))
     with torch.no_grad():
@@ -234,7 +221,7 @@ def test_an_adapter_for_another_width_or_with_nan_is_refused(tmp_path):
 
 def test_unknown_targets_and_rows_are_refused():
     with pytest.raises(ValueError, match="--targets"):
-        adapters.pack(base_model(), 2, adapters.LoraConfig(targets=("wqkv",)))
+        adapters.pack(toy_llama(97), 2, adapters.LoraConfig(targets=("wqkv",)))
     _, rows = packed_model()
     with pytest.raises(ValueError, match=r"-1\.\.2"):
         rows.set(torch.tensor([0, 3]))

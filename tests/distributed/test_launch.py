@@ -38,6 +38,17 @@ def test_launchers_say_what_they_need(tmp_path, monkeypatch):
         launch(toy.run, toy.ToyConfig(str(tmp_path)), launcher="torchrun", folder=tmp_path)
 
 
+def test_what_is_done_once_is_not_done_again_when_torchrun_restarts(tmp_path, monkeypatch):
+    settings, done = toy.ToyConfig(str(tmp_path), steps=1), []
+    launch(toy.run, settings, launcher="local", folder=tmp_path, once=done.append)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for restarts in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        launch(toy.run, settings, launcher="torchrun", folder=tmp_path, once=done.append)
+    assert done == [settings, settings]
+
+
 def stopping(settings: toy.ToyConfig, world: World) -> None:
     raise NonFinite("step 3: the loss is nan; samples: s/1; groups: a.")
 

@@ -117,6 +117,22 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "load_causal_lm", refuse)
 
 
+def test_fresh_begins_anew_and_touches_nothing_of_others(config, corpus, run, report, tmp_path) -> None:
+    settings = dataclasses.replace(config, out=str(tmp_path / "out"), systems=("base", "shared"))
+    text_report.make_report(comparison.Comparison(settings, corpus, run))
+    trained = tmp_path / "out" / "adapters-shared" / "manifest.json"
+    before = trained.stat().st_mtime_ns
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    other = dataclasses.replace(settings, max_new_tokens=3)
+    with pytest.raises(artifacts.ArtifactMismatch, match=r"'max_new_tokens' was 6, is now 3.*pass --fresh"):
+        text_report.make_report(comparison.Comparison(other, corpus, run))
+    assert trained.stat().st_mtime_ns == before
+    made = text_report.make_report(comparison.Comparison(dataclasses.replace(other, fresh=True), corpus, run))
+    assert made.config["max_new_tokens"] == 3
+    assert trained.stat().st_mtime_ns > before
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
 def test_the_report_has_every_system_and_metric(report: artifacts.Artifact) -> None:
     metrics = report.read_json("report.json")["metrics"]
     systems = ["base", "retrieval-1", "retrieval-2", "shared", "per-user", "cluster", "card", "card-retrieval"]

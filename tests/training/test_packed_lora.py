@@ -7,32 +7,19 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from palate.card import adapters
 from palate.training import loop
 from palate.training.logging import read
 from palate.training.loop import Group, LoopConfig, LossOutput, train
 from palate.training.stream import ListSource, Stream
+from toy_llama import toy_llama
 
 STEPS, BATCH, CLUSTERS = 100, 8, 4
 LORA = adapters.LoraConfig(rank=4, alpha=8.0)
 LEARNING_RATE, DECAY, CLIP, WARMUP = 2e-3, 0.1, 0.3, 0.1
 # Cluster 3 has few samples: it is absent from most batches.
 SHARES = [0] * 60 + [1] * 25 + [2] * 12 + [3] * 3
-
-
-def base_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def samples() -> list[dict]:
@@ -65,7 +52,7 @@ def weigh(sample: dict) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     """The packed run: model, stream, updates per cluster and log."""
-    data, model = samples(), base_model()
+    data, model = samples(), toy_llama(61)
     rows = adapters.pack(model, CLUSTERS, LORA, seed=5)
     stream = Stream([ListSource("texts", data, [str(i) for i in range(len(data))])], BATCH, seed=9)
     updates = loop.updates_per_group(stream, weigh, [str(c) for c in range(CLUSTERS)], STEPS)
@@ -88,10 +75,10 @@ def packed(tmp_path_factory):
 
 def peft_run(cluster: int, stream: Stream, updates: int) -> tuple[dict[str, torch.Tensor], int]:
     """One cluster's own run with PEFT, torch's AdamW and clipping: dW by layer, and how often it was clipped."""
-    start = base_model()
+    start = toy_llama(61)
     adapters.pack(start, CLUSTERS, LORA, seed=5)
     config = PeftConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules=list(LORA.targets), lora_dropout=0.0)
-    model = get_peft_model(base_model(), config)
+    model = get_peft_model(toy_llama(61), config)
     named = dict(model.named_parameters())
     for name, layer in adapters.packed_layers(start):
         named[f"base_model.model.{name}.lora_A.default.weight"].data.copy_(layer.A[cluster].t())
@@ -143,7 +130,7 @@ def test_each_cluster_equals_its_own_peft_run(packed, cluster):
 
 def test_the_loss_is_the_sum_of_the_clusters_token_means(packed):
     _, stream, _, log = packed
-    (units, _), data, model = stream.plan(stream.start()), samples(), base_model()
+    (units, _), data, model = stream.plan(stream.start()), samples(), toy_llama(61)
     chosen = [data[i] for unit in units for i in unit.indices]
     with torch.no_grad():  # B starts at 0, so every adapter is the base model in the first step
         losses = negative_log_likelihoods(model, chosen).tolist()
