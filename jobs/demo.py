@@ -7,7 +7,6 @@ from palate import config as configs
 from palate import progress
 from palate.artifacts import ArtifactError, join
 from palate.card.adaptation import AdaptConfig
-from palate.card.contrast import ContrastConfig
 from palate.card.heads import PreferConfig
 from palate.card.stages import CardConfig, PromptConfig, pipeline, start_over
 from palate.config import scale
@@ -73,7 +72,6 @@ def run(config: DemoConfig) -> Comparison:
         model=config.model,
         prompt=PromptConfig(max_prompt_tokens=160, max_answer_tokens=48),
         adapt=AdaptConfig(epochs=config.epochs, learning_rate=2e-3),
-        contrast=ContrastConfig(cluster_texts=0, other_texts=0),
         prefer=PreferConfig(head_precision=(60.0,), vector_deviation=(1.0,)),
         fresh=config.fresh,
     )

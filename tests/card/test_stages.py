@@ -33,7 +33,7 @@ def config(corpus, out, **changes) -> CardConfig:
         cluster=ClusterConfig(clusters=2),
         prompt=PromptConfig(max_prompt_tokens=200, max_answer_tokens=12),
         adapt=AdaptConfig(rank=2, epochs=1, batch=8),
-        contrast=ContrastConfig(people_per_shard=3, top_k=10, other_texts=1),
+        contrast=ContrastConfig(people_per_shard=3, top_k=10, cluster_texts=1, other_texts=1),
         prefer=PreferConfig(width=4, head_epochs=2, head_precision=(60.0,), vector_deviation=(1.0,)),
     )
     return replace(settings, **changes)
@@ -180,6 +180,9 @@ def test_damaged_bytes_of_an_earlier_stage_are_refused(corpus, finished, tmp_pat
         ("adapt", {"rank": 0}, "--rank must be at least 1"),
         ("prefer", {"head_precision": ()}, "--head-precision needs numbers above 0"),
         ("prefer", {"reward": "additive"}, "--reward additive learns from pairs alone"),
+        ("contrast", {"top_p": 0.0}, "--top-p must be above 0"),
+        ("adapt", {"learning_rate": float("nan")}, "--learning-rate must be a number above 0, got nan"),
+        ("prefer", {"cluster_weight": float("nan")}, "--cluster-weight must be a number not below 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_is_trained(corpus, tmp_path, part, values, match):
@@ -253,7 +256,9 @@ def test_scripts_that_are_not_latin(tmp_path):
 
 def test_a_person_with_one_text_gets_the_prior_mean(tmp_path):
     rows = [item("ann", n, f"text {n} of mine!") for n in range(6)] + [item("bob", 0, "just one")]
-    alone = ContrastConfig(people_per_shard=1, top_k=10, other_texts=1)  # so that there is a shard without a text
+    alone = ContrastConfig(
+        people_per_shard=1, top_k=10, cluster_texts=1, other_texts=1
+    )  # so that there is a shard without a text
     run(
         config(
             make_corpus(tmp_path / "corpus", rows), tmp_path / "run", cluster=ClusterConfig(clusters=1), contrast=alone

@@ -36,10 +36,12 @@ class ContrastConfig:
     """Share of every history that is kept from the adapters and used for vectors."""
     contrast_items: int = 64
     """Most texts a person, the latest ones."""
-    cluster_texts: int = 1
-    """Answers sampled from the cluster model for each input."""
-    other_texts: int = 2
-    """Texts of other people of the cluster for each input, matched by topic."""
+    cluster_texts: int = 0
+    """Answers sampled from the cluster model for each input; needed where --cluster-weight is above 0."""
+    other_texts: int = 0
+    """Texts of other people of the cluster for each input, matched by topic; needed where --other-weight is above 0.
+    By default neither is made: the likelihood contrasts own texts with all that the cluster model could have written,
+    and neither kind of pairs improved on that (docs/results/card.md)."""
     temperature: float = 1.0
     """Of the cluster model's answers."""
     top_p: float = 0.95

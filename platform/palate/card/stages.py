@@ -165,16 +165,17 @@ def start_over(config: CardConfig) -> None:
 
     Done once a command, before any rank starts, lest ranks that are started again after a fault lose what was done.
     """
+    if not config.fresh:
+        return
     check_settings(config)
     check_histories(config, read_people(artifacts.open_artifact(config.corpus, schema.TEXT_CORPUS), config.learn_from))
-    if config.fresh:
-        for name in ("style", "clusters", "adapters", "head"):
-            artifacts.discard(join(config.out, name))
-        for shard in artifacts.folders(join(config.out, "contrast")):
-            artifacts.discard(shard)
-        # The checkpoints of its trainings would be gone on from otherwise.
-        for training in (join(config.out, "training/adapters"), *artifacts.folders(join(config.out, "training/head"))):
-            Store(training, {}, keep=1, world=World()).discard()
+    for name in ("style", "clusters", "adapters", "head"):
+        artifacts.discard(join(config.out, name))
+    for shard in artifacts.folders(join(config.out, "contrast")):
+        artifacts.discard(shard)
+    # The checkpoints of its trainings would be gone on from otherwise.
+    for training in (join(config.out, "training/adapters"), *artifacts.folders(join(config.out, "training/head"))):
+        Store(training, {}, keep=1, world=World()).discard()
 
 
 def pipeline(config: CardConfig, world: World, *, sampler: contrast.Sampler) -> None:
@@ -235,14 +236,14 @@ def check_settings(config: CardConfig) -> None:
     for name in ("head_precision", "vector_deviation"):
         if not getattr(prefer, name) or not all(0 < value < math.inf for value in getattr(prefer, name)):
             raise ValueError(f"--{name.replace('_', '-')} needs numbers above 0, got {list(getattr(prefer, name))}")
-    compared = (prefer.cluster_weight and config.contrast.cluster_texts) or (
-        prefer.other_weight and config.contrast.other_texts
-    )
-    if prefer.reward == "additive" and not compared:
-        raise ValueError(
-            "--reward additive learns from pairs alone, and has none: set --cluster-weight and --cluster-texts, or "
-            "--other-weight and --other-texts, above 0"
-        )
+    for kind in ("cluster", "other"):
+        weight, texts = getattr(prefer, f"{kind}_weight"), getattr(config.contrast, f"{kind}_texts")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"--{kind}-weight must be a number not below 0, got {weight}")
+        if weight and not texts:
+            raise ValueError(f"--{kind}-weight {weight:g} weighs pairs that are not made: set --{kind}-texts above 0")
+    if prefer.reward == "additive" and not (prefer.cluster_weight or prefer.other_weight):
+        raise ValueError("--reward additive learns from pairs alone: set --cluster-weight or --other-weight above 0")
 
 
 def check_histories(config: CardConfig, people: People) -> None:
