@@ -10,12 +10,13 @@ import hashlib
 import importlib.metadata
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -152,22 +153,38 @@ def render_prompt(loaded: LoadedModel, text: str) -> list[int]:
     Spellings of special tokens inside ``text`` stay plain text, so that nobody can write a turn of somebody else's.
     Without a template, the plain text and a line break.
     """
-    before, after = _template_around_text(loaded.tokenizer) if loaded.chat else ("", "\n")
+    if loaded.chat:
+        return render_chat(loaded, [("user", text)])
     plain = loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    start = loaded.tokenizer(before, add_special_tokens=not loaded.chat).input_ids
-    return [*start, *plain, *loaded.tokenizer(after, add_special_tokens=False).input_ids]
+    start = loaded.tokenizer("", add_special_tokens=True).input_ids
+    return [*start, *plain, *loaded.tokenizer("\n", add_special_tokens=False).input_ids]
 
 
-def _template_around_text(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What the chat template writes before and after the text of a single user turn."""
-    place = "palatetextplace"
-    turn = [{"role": "user", "content": place}]
-    before, found, after = str(
-        tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    ).partition(place)
-    if not found:
-        raise ValueError("the tokenizer's chat template leaves out what the user says: use another base model")
-    return before, after
+def render_chat(loaded: LoadedModel, turns: Sequence[tuple[str, str]]) -> list[int]:
+    """Token ids of a conversation of (role, text) turns, up to where the model's next turn starts.
+
+    As ``render_prompt``, which it equals for a single user turn: what is typed never becomes a special token. Without a
+    template, the texts with a line break after each.
+
+    Raises:
+        ValueError: the model's chat template refuses these turns, or leaves one of them out.
+    """
+    if not loaded.chat:
+        return render_prompt(loaded, "\n".join(text for _, text in turns))
+    places = [f"palatetextplace{number}x" for number in range(len(turns))]
+    messages = [{"role": role, "content": place} for (role, _), place in zip(turns, places, strict=True)]
+    try:
+        rest = str(loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except (TemplateError, ValueError) as error:
+        raise ValueError(f"the chat template of {loaded.name} refuses these turns: {error}") from error
+    ids: list[int] = []
+    for place, (role, text) in zip(places, turns, strict=True):
+        before, found, rest = rest.partition(place)
+        if not found:
+            raise ValueError(f"the chat template of {loaded.name} leaves out a {role} turn, or reorders turns")
+        ids += loaded.tokenizer(before, add_special_tokens=False).input_ids
+        ids += loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    return [*ids, *loaded.tokenizer(rest, add_special_tokens=False).input_ids]
 
 
 def answer_ids(loaded: LoadedModel, text: str) -> list[int]:

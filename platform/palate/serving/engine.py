@@ -39,6 +39,7 @@ class Request:
         temperature: 0 decodes greedily.
         seed: of this request's own generator.
         stop: the answer ends before the first of these strings.
+        top_log_probs: how many of the likeliest tokens are reported beside each chosen one.
     """
 
     prompt_ids: Sequence[int]
@@ -50,6 +51,7 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    top_log_probs: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,17 @@ class Completion:
 
 @dataclass(frozen=True)
 class Event:
-    """One new token of one request. ``text`` is what a streamed answer can show more; the last event completes."""
+    """One new token of one request. ``text`` is what a streamed answer can show more; the last event completes.
+
+    ``top`` holds the likeliest tokens with their log-probabilities, best first, where the request asks for them.
+    """
 
     id: int
     token_id: int
     log_prob: float
     text: str
     completion: Completion | None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(eq=False)
@@ -130,6 +136,16 @@ class Engine:
         self._waiting: deque[_Row] = deque()
         self._prefilling: _Row | None = None
         self._decoding: list[_Row] = []  # row i is in slot i
+
+    @property
+    def slots(self) -> int:
+        """How many requests decode at a time."""
+        return self._slots
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a prompt and its answer together."""
+        return self._max_length
 
     @property
     def idle(self) -> bool:
@@ -229,6 +245,8 @@ class Engine:
             )
         if "" in request.stop:
             raise ValueError("a stop string is empty")
+        if not 0 <= request.top_log_probs <= vocabulary:
+            raise ValueError(f"top_log_probs must lie in 0..{vocabulary}, found {request.top_log_probs}")
         self._require_correctable(request)
 
     def _require_correctable(self, request: Request) -> None:
@@ -371,9 +389,11 @@ class Engine:
         uniforms_B = torch.cat([_uniform(row) for row in rows])
         temperatures, top_ps = [r.temperature for r in requests], [r.top_p for r in requests]
         tokens_B = choose(logits_BV, temperatures, top_ps, uniforms_B)
-        log_probs_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1).float() - logits_BV.float().logsumexp(dim=1)
-        chosen = zip(rows, tokens_B.tolist(), log_probs_B.tolist(), strict=True)
-        events = [self._record(row, token_id, log_prob) for row, token_id, log_prob in chosen]
+        totals_B = logits_BV.float().logsumexp(dim=1)
+        log_probs_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1).float() - totals_B
+        tops = _likeliest(logits_BV, totals_B, [request.top_log_probs for request in requests])
+        chosen = zip(rows, tokens_B.tolist(), log_probs_B.tolist(), tops, strict=True)
+        events = [self._record(row, token_id, log_prob, top) for row, token_id, log_prob, top in chosen]
         # From the last slot on, so that no row is moved that ends as well.
         for slot in range(first + len(rows) - 1, first - 1, -1):
             completion = events[slot - first].completion
@@ -383,7 +403,7 @@ class Engine:
                 self._release(slot)
         return events
 
-    def _record(self, row: _Row, token_id: int, log_prob: float) -> Event:
+    def _record(self, row: _Row, token_id: int, log_prob: float, top: tuple[tuple[int, float], ...]) -> Event:
         request, tokenizer = row.request, self._loaded.tokenizer
         row.token_ids.append(token_id)
         row.log_probs.append(log_prob)
@@ -399,9 +419,9 @@ class Engine:
         elif len(row.token_ids) == request.max_new_tokens:
             reason = "length"
         if reason is None:
-            return Event(row.id, token_id, log_prob, row.text.take() if row.text else "", None)
+            return Event(row.id, token_id, log_prob, row.text.take() if row.text else "", None, top)
         text, rest = row.text.finish(row.token_ids) if row.text else (decode(tokenizer, row.token_ids), "")
-        return Event(row.id, token_id, log_prob, rest, Completion(row.token_ids, text, reason, row.log_probs))
+        return Event(row.id, token_id, log_prob, rest, Completion(row.token_ids, text, reason, row.log_probs), top)
 
     def _release(self, slot: int) -> None:
         """Free a decoding row's slot; the last row takes its place."""
@@ -415,3 +435,14 @@ def _uniform(row: _Row) -> Tensor:
     if row.request.temperature == 0:
         return torch.zeros(1, dtype=torch.float64)
     return torch.rand(1, dtype=torch.float64, generator=row.generator)
+
+
+def _likeliest(logits_BV: Tensor, totals_B: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
+    """The ``counts`` likeliest tokens of each row with their log-probabilities, best first."""
+    most = max(counts)
+    if not most:
+        return [()] * len(counts)
+    values_Bk, tokens_Bk = logits_BV.float().topk(most, dim=1)
+    log_probs_Bk = values_Bk - totals_B[:, None]
+    rows = zip(tokens_Bk.tolist(), log_probs_Bk.tolist(), counts, strict=True)
+    return [tuple(zip(tokens[:count], log_probs[:count], strict=True)) for tokens, log_probs, count in rows]
