@@ -60,7 +60,7 @@ def test_another_corpus_or_an_unfinished_run_is_refused(run: str, corpus: artifa
     other = personas.prepare(personas.PersonasConfig(out=str(tmp_path / "other"), people=4, items=2, questions=1))
     with pytest.raises(artifacts.ArtifactMismatch, match="another corpus"):
         read_run(run, other)
-    with pytest.raises(artifacts.ArtifactMissing, match="clusters"):
+    with pytest.raises(artifacts.ArtifactMissing, match="style"):
         read_run(str(tmp_path / "nothing"), corpus)
 
 

@@ -15,7 +15,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from palate.card.contrast import ContrastConfig
 from palate.card.correction import FeatureMap
 from palate.card.fitting import fit_vectors
 from palate.card.heads import PreferConfig
-from palate.card.preferences import Positions
+from palate.card.preferences import ABSENT, Positions
 from palate.config import identity, scale
 from palate.corpora import schema
 from palate.corpora.schema import Item
@@ -53,6 +53,8 @@ VECTORS = pa.schema(
 )
 ASSIGNMENT = pa.schema([pa.field("user_id", pa.string(), False), pa.field("cluster", pa.int32(), False)])
 
+CONTEXTS = "contexts.safetensors"  # of the head: where it is shown what a vector promotes
+CONTEXT_POSITIONS = 512
 STATISTICS_TEXTS = 256  # how many texts tell the scale of the hidden states
 
 
@@ -481,11 +483,27 @@ def prefer_stage(
         head = model.head(feature_map, config.contrast.top_k)
         fits = fit_vectors([by_person.get(user, nobody) for user in users], head, prior)
         write_vectors(writer.folder, users, read_assignment(clusters), [fit.vector_J for fit in fits])
+        writer.write_json("task.json", asdict(people.task))
+        features.save_positions(_contexts(positions, is_learned_S, config.seed), writer.folder / CONTEXTS)
         writer.write_json("choice.json", {"chosen": vars(strength), "tried": tried})
         largest = max(fit.gradient_norm for fit in fits)
         writer.summary.update(people=len(users), texts=len(samples), **vars(strength), largest_gradient_norm=largest)
 
     return artifacts.ensure(join(config.out, "head"), produce, kind=HEAD, config=settings, inputs=inputs)
+
+
+def _contexts(positions: Positions, is_learned_S: torch.Tensor, seed: int) -> Positions:
+    """Some places in texts of those who are learned from, in random order, without what was written there."""
+    rows = is_learned_S[positions.text_N].nonzero().squeeze(1)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:CONTEXT_POSITIONS]
+    drawn = positions.select(rows[order])
+    nothing = torch.full_like(drawn.target_N, ABSENT)
+    return replace(
+        drawn,
+        target_N=nothing,
+        target_log_prob_N=torch.zeros_like(drawn.target_log_prob_N),
+        text_N=torch.zeros_like(nothing),
+    )
 
 
 def own_positions(texts: Sequence[pairs.Text], positions: Positions) -> dict[str, Positions]:

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from palate import artifacts
 from palate import config as configs
 from palate.artifacts import Artifact, ArtifactMismatch
-from palate.card import heads, stages
+from palate.card import stages
 from palate.card.adaptation import AdaptConfig
 from palate.card.correction import Head
 from palate.card.preferences import Prior
+from palate.card.runs import open_run
 from palate.models.causal_lm import check_compatible, load_causal_lm
 
 
@@ -57,33 +57,32 @@ def read_run(url: str, corpus: Artifact) -> Subject:
         ArtifactCorrupt: a file of it has other bytes than were written.
         ArtifactMismatch: the run was made from another corpus.
     """
-    clusters = artifacts.open_artifact(artifacts.join(url, "clusters"), stages.CLUSTERS).verify()
-    trained = artifacts.open_artifact(artifacts.join(url, "adapters"), stages.ADAPTERS).verify()
-    fitted = artifacts.open_artifact(artifacts.join(url, "head"), stages.HEAD).verify()
-    if trained.inputs["corpus"] != corpus.digest:
+    run = open_run(url)
+    if run.trained.inputs["corpus"] != corpus.digest:
         raise ArtifactMismatch(
-            f"the run {url} was made from another corpus than {corpus.url} (digest {trained.inputs['corpus'][:12]}… "
-            f"against {corpus.digest[:12]}…): pass --corpus with the one that it learned from"
+            f"the run {url} was made from another corpus than {corpus.url} (digest "
+            f"{run.trained.inputs['corpus'][:12]}… against {corpus.digest[:12]}…): pass --corpus with the one that it "
+            "learned from"
         )
-    base, settings = trained.read_json("base.json"), trained.config
-    loaded = load_causal_lm(base["model"])
-    check_compatible(loaded, base["fingerprint"])
-    head, prior = heads.load_head(fitted, stages.output_embeddings(loaded))
+    loaded = load_causal_lm(run.model)
+    check_compatible(loaded, run.fingerprint)
+    head, prior = run.head(loaded)
+    settings = run.settings
     adapt = {name: settings[name] for name in configs.identity(AdaptConfig())}
     return Subject(
-        model=base["model"],
-        fingerprint=base["fingerprint"],
-        adapters=stages.adapter_folders(trained),
-        clusters=stages.read_assignment(clusters),
-        vectors=stages.read_vectors(fitted),
+        model=run.model,
+        fingerprint=run.fingerprint,
+        adapters=run.folders,
+        clusters=stages.read_assignment(run.clusters),
+        vectors=stages.read_vectors(run.fitted),
         learned_from=stages.read_people(corpus, settings["learn_from"]).learned_from,
         head=head,
         prior=prior,
-        beta=fitted.config["decoding_beta"],
+        beta=run.beta,
         history_k=settings["history_k"],
         max_prompt_tokens=settings["max_prompt_tokens"],
         max_answer_tokens=settings["max_answer_tokens"],
         adapt=configs.from_dict(AdaptConfig, adapt),
         adapter_seed=settings["seed"],
-        inputs={"clusters": clusters, "adapters": trained, "head": fitted},
+        inputs={"clusters": run.clusters, "adapters": run.trained, "head": run.fitted},
     )

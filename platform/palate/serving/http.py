@@ -1,0 +1,718 @@
+"""The HTTP application of one replica: OpenAI's routes and Palate's own, keys, limits, errors (DESIGN, "HTTP")."""
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from palate.serving import engine
+from palate.serving.answering import Answering, chat_log_probs, envelope, text_log_probs, usage
+from palate.serving.engine import BASE, Completion, Event
+from palate.serving.metrics import Metrics
+from palate.serving.schemas import (
+    MAX_SEED,
+    ChatRequest,
+    CompletionRequest,
+    ExportedPerson,
+    FeedbackRequest,
+    HistoryRequest,
+    Unsupported,
+)
+from palate.serving.served_run import chat_prompt
+from palate.serving.service import Hosted, Served, Service
+from palate.serving.worker import EngineFailed, Overloaded
+from palate.users.keys import authenticate, require_id
+from palate.users.store import PastText, Person
+
+PERSONALIZATION = "x-palate-personalization"
+WAIT_SECONDS = 300.0  # longest that ?wait=true blocks
+
+log = logging.getLogger(__name__)
+
+
+class ApiError(Exception):
+    """An error in OpenAI's shape."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+
+    def body(self) -> dict[str, Any]:
+        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, headers=self.headers)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: the tenant, and the key whose requests are counted."""
+
+    tenant: str
+    key: str
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application over ``service``; the service is started and stopped by whoever made it."""
+    app = FastAPI(
+        title="Palate",
+        description="Personalized text in OpenAI's shapes.",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+    )
+    app.state.service, app.state.metrics, app.state.in_flight = service, Metrics(service), Counter[str]()
+    app.include_router(routes)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected_error)
+    app.add_middleware(BoundedBody, most=service.settings.max_body_bytes)
+    app.add_middleware(Counted, metrics=app.state.metrics)
+    return app
+
+
+routes = APIRouter()
+_bearer = HTTPBearer(auto_error=False, description="An API key of Palate.")
+
+
+def _service(request: Request) -> Service:
+    return request.app.state.service
+
+
+async def _caller(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> Caller:
+    service = _service(request)
+    if not service.settings.require_keys:
+        return Caller("default", "")
+    if given is None:
+        raise _unauthorized("no API key is given: send it as 'Authorization: Bearer KEY'")
+    key = await asyncio.to_thread(authenticate, service.store, given.credentials)
+    if key is None:
+        raise _unauthorized("this API key is not known, or was revoked")
+    return Caller(key.tenant, key.id)
+
+
+def _unauthorized(message: str) -> ApiError:
+    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+By = Annotated[Caller, Depends(_caller)]
+# What every route may answer beside its own, for the OpenAPI document.
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
+    for status, text in (
+        (400, "The request is wrong; the error names the field."),
+        (401, "No API key, or an unknown one."),
+        (404, "There is no such model, person or route."),
+        (413, "The body is too large."),
+        (429, "Too many requests of this key are under way."),
+        (503, "Too many requests wait, or the server has no run: try again."),
+    )
+}
+
+
+@routes.post("/v1/chat/completions", responses=ERRORS)
+async def chat_completions(body: ChatRequest, request: Request, by: By) -> Response:
+    """An answer in the person's manner; ``user`` names the person."""
+    service = _service(request)
+    _require_supported(body)
+    hosted = _hosted(service, body.model)
+    turns = body.turns()
+    served = await asyncio.to_thread(service.serve, hosted, by.tenant, _user(body.user))
+    try:
+        prompt = await asyncio.to_thread(chat_prompt, hosted.run, turns, served.history)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages") from error
+    top = body.top_logprobs or 0
+    asked = _requests(service, hosted, served, body, [prompt], body.most_tokens, top)
+    shape = _Chat(envelope("chat.completion", body.model), hosted, body.logprobs)
+    return await _answer(request, by, hosted, asked, shape, body, served, len(prompt))
+
+
+@routes.post("/v1/completions", responses=ERRORS)
+async def completions(body: CompletionRequest, request: Request, by: By) -> Response:
+    """The plain continuation of a prompt, without a chat template."""
+    service = _service(request)
+    _require_supported(body)
+    hosted = _hosted(service, body.model)
+    served = await asyncio.to_thread(service.serve, hosted, by.tenant, _user(body.user))
+    tokenizer = hosted.run.loaded.tokenizer
+    prompts = [tokenizer(prompt, split_special_tokens=True).input_ids for prompt in body.prompts]
+    asked = _requests(service, hosted, served, body, prompts, body.max_tokens, body.logprobs or 0)
+    shape = _Text(envelope("text_completion", body.model), hosted, body.logprobs is not None)
+    return await _answer(request, by, hosted, asked, shape, body, served, sum(map(len, prompts)))
+
+
+@routes.get("/v1/models", responses=ERRORS)
+async def models(request: Request, by: By) -> dict[str, Any]:
+    """The runs that are served, the live one first under the alias."""
+    service = _service(request)
+    names = [service.settings.alias] if service.ready else []
+    return {"object": "list", "data": [_model(service, name) for name in [*names, *sorted(service.hosted)]]}
+
+
+@routes.get("/v1/models/{model}", responses=ERRORS)
+async def model(model: str, request: Request, by: By) -> dict[str, Any]:
+    """One of the runs that are served."""
+    service = _service(request)
+    _hosted(service, model)
+    return _model(service, model)
+
+
+@routes.put("/v1/users/{user_id}", responses={**ERRORS, 202: {"description": "Stored; the vector is being fitted."}})
+async def put_user(user_id: str, body: HistoryRequest, request: Request, by: By, wait: bool = False) -> Response:
+    """Replace a person's texts, oldest first; their vector follows. ``?wait=true`` answers when it is fitted."""
+    service = _service(request)
+    user = _require_user(user_id)
+    texts = [PastText(text.input, text.output, text.date) for text in body.texts]
+    person, _ = await asyncio.to_thread(service.store.put_history, by.tenant, user, texts)
+    return await _follow(service, by, person, wait)
+
+
+@routes.post("/v1/feedback", responses={**ERRORS, 202: {"description": "Stored; the vector is being fitted."}})
+async def feedback(body: FeedbackRequest, request: Request, by: By, wait: bool = False) -> Response:
+    """What a person made of an answer; it becomes the latest of their texts."""
+    service = _service(request)
+    user = _require_user(body.user, "user")
+    add = partial(service.store.add_feedback, by.tenant, user, body.prompt, body.answer, body.edited)
+    return await _follow(service, by, await asyncio.to_thread(add), wait)
+
+
+@routes.get("/v1/users", responses=ERRORS)
+async def users(request: Request, by: By, after: str = "", limit: int = 100) -> dict[str, Any]:
+    """Ids of the tenant's people, sorted, from behind ``after`` on."""
+    service = _service(request)
+    if not 1 <= limit <= 1000:
+        raise ApiError(400, f"'limit' must lie in 1..1000, found {limit}", param="limit")
+    if after:
+        _require_user(after, "after")
+    found = await asyncio.to_thread(service.store.people, by.tenant, after, limit)
+    return {"object": "list", "data": found, "has_more": len(found) == limit}
+
+
+@routes.get("/v1/users/{user_id}", responses=ERRORS)
+async def get_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
+    """A person's cluster, number of texts, and the words that their vector promotes and demotes."""
+    service = _service(request)
+    person = await _person(service, by, user_id)
+    found = _described(service, person, *await asyncio.to_thread(service.fitted_version, by.tenant, person.user_id))
+    hosted = service.hosted.get(service.live or "")
+    if hosted is not None:
+        fitted = await asyncio.to_thread(service.store.fitted, by.tenant, person.user_id, hosted.run.version)
+        if fitted is not None:
+            found["cluster"] = fitted.cluster
+            vector_J = torch.from_numpy(fitted.vector_J.copy())
+            said = await asyncio.to_thread(hosted.run.promoted_and_demoted, vector_J)
+            found["vector"] = None if said is None else asdict(said)
+    return found
+
+
+@routes.delete("/v1/users/{user_id}", responses=ERRORS)
+async def delete_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
+    """Remove a person: texts, vectors and feedback."""
+    service = _service(request)
+    user = _require_user(user_id)
+    if not await asyncio.to_thread(service.store.delete, by.tenant, user):
+        raise _no_person(user)
+    service.cache.forget(by.tenant, user)
+    return {"id": user, "object": "user.deleted", "deleted": True}
+
+
+@routes.get("/v1/users/{user_id}/export", responses=ERRORS)
+async def export_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
+    """All that is kept about a person, as ``/import`` takes it."""
+    service = _service(request)
+    person = await _person(service, by, user_id)
+    return await asyncio.to_thread(service.store.export, by.tenant, person.user_id)
+
+
+@routes.post("/v1/users/{user_id}/import", responses=ERRORS)
+async def import_user(user_id: str, body: ExportedPerson, request: Request, by: By) -> Response:
+    """Put an exported person in the place of what is kept under this id."""
+    service = _service(request)
+    user = _require_user(user_id)
+    content = {**body.model_dump(), "user_id": user}
+    try:
+        person = await asyncio.to_thread(service.store.restore, by.tenant, content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ApiError(400, f"this is no exported person: {error}") from error
+    service.cache.forget(by.tenant, user)
+    return await _follow(service, by, person, False)
+
+
+@routes.get("/healthz", responses={503: ERRORS[503]})
+async def health(request: Request) -> Response:
+    """200 while the replica can answer."""
+    service = _service(request)
+    state = "ok" if service.healthy and service.ready else "failed" if not service.healthy else "no run is live"
+    content = {"status": state, "live": service.live, "runs": sorted(service.hosted), "failed": service.failed}
+    return JSONResponse(content, 200 if state == "ok" else 503)
+
+
+@routes.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format, of this replica."""
+    return Response(request.app.state.metrics.render(), media_type="text/plain; version=0.0.4")
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """Chat completions, whole and in chunks."""
+
+    head: dict[str, Any]
+    hosted: Hosted
+    log_probs: bool
+
+    def whole(self, index: int, events: Sequence[Event], completion: Completion) -> dict[str, Any]:
+        found = chat_log_probs(self.hosted.run.loaded.tokenizer, events) if self.log_probs else None
+        message = {"role": "assistant", "content": completion.text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": found, "finish_reason": completion.finish_reason}
+
+    @property
+    def chunk_head(self) -> dict[str, Any]:
+        return {**self.head, "object": "chat.completion.chunk"}
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def chunk(self, index: int, event: Event, _: int) -> dict[str, Any]:
+        found = chat_log_probs(self.hosted.run.loaded.tokenizer, [event]) if self.log_probs else None
+        reason = event.completion.finish_reason if event.completion else None
+        delta = {"content": event.text} if event.text else {}
+        return {"index": index, "delta": delta, "logprobs": found, "finish_reason": reason}
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Plain completions, whole and in chunks."""
+
+    head: dict[str, Any]
+    hosted: Hosted
+    log_probs: bool
+
+    def whole(self, index: int, events: Sequence[Event], completion: Completion) -> dict[str, Any]:
+        found = text_log_probs(self.hosted.run.loaded.tokenizer, events) if self.log_probs else None
+        return {"index": index, "text": completion.text, "logprobs": found, "finish_reason": completion.finish_reason}
+
+    @property
+    def chunk_head(self) -> dict[str, Any]:
+        return self.head
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        return None
+
+    def chunk(self, index: int, event: Event, offset: int) -> dict[str, Any]:
+        found = text_log_probs(self.hosted.run.loaded.tokenizer, [event], offset) if self.log_probs else None
+        reason = event.completion.finish_reason if event.completion else None
+        return {"index": index, "text": event.text, "logprobs": found, "finish_reason": reason}
+
+
+def _require_supported(body: ChatRequest | CompletionRequest) -> None:
+    try:
+        body.require_supported()
+        if isinstance(body, ChatRequest):
+            body.turns()
+    except Unsupported as error:
+        raise ApiError(400, str(error), param=error.param, code="unsupported_parameter") from error
+
+
+def _hosted(service: Service, name: str) -> Hosted:
+    if not service.hosted:
+        raise ApiError(503, "no run is served yet", headers={"Retry-After": "5"})
+    hosted = service.find(name)
+    if hosted is None:
+        known = ", ".join([service.settings.alias, *sorted(service.hosted)])
+        raise ApiError(
+            404, f"there is no model {name[:200]!r} here; there are: {known}", param="model", code="model_not_found"
+        )
+    return hosted
+
+
+def _user(value: str | None) -> str | None:
+    return None if value is None else _require_user(value, "user")
+
+
+def _require_user(value: str, param: str = "user_id") -> str:
+    try:
+        return require_id(value, param)
+    except ValueError as error:
+        raise ApiError(400, str(error), param=param) from error
+
+
+def _no_person(user_id: str) -> ApiError:
+    return ApiError(
+        404, f"there is no person {user_id!r}: PUT their texts first", param="user_id", code="user_not_found"
+    )
+
+
+async def _person(service: Service, by: Caller, user_id: str) -> Person:
+    user = _require_user(user_id)
+    person = await asyncio.to_thread(service.store.person, by.tenant, user)
+    if person is None:
+        raise _no_person(user)
+    return person
+
+
+def _requests(
+    service: Service,
+    hosted: Hosted,
+    served: Served,
+    body: ChatRequest | CompletionRequest,
+    prompts: Sequence[Sequence[int]],
+    most_tokens: int | None,
+    top_log_probs: int,
+) -> list[engine.Request]:
+    """The engine's requests: n answers for each prompt.
+
+    Raises:
+        ApiError: more answers or tokens than this server gives.
+    """
+    settings, room = service.settings, hosted.worker.engine.max_length
+    if body.n * len(prompts) > settings.max_answers:
+        found = f"{body.n} answers to each of {len(prompts)} prompts" if len(prompts) > 1 else f"n = {body.n}"
+        raise ApiError(400, f"{found}: this server gives at most {settings.max_answers} at a time", param="n")
+    if most_tokens is not None and most_tokens > settings.max_new_tokens:
+        message = f"{most_tokens} tokens are asked for: this server gives at most {settings.max_new_tokens}"
+        raise ApiError(400, message, param="max_completion_tokens" if isinstance(body, ChatRequest) else "max_tokens")
+    beta = hosted.run.beta if body.personalization.beta is None else body.personalization.beta
+    seed = body.seed if body.seed is not None else secrets.randbelow(MAX_SEED)
+    made = []
+    for number, prompt in enumerate(prompts):
+        left = room - len(prompt)
+        if left < 1 or (most_tokens or 1) > left:
+            raise ApiError(
+                400,
+                f"the prompt has {len(prompt)} tokens and up to {most_tokens or 1} are asked for: together they may be "
+                f"{room}. Shorten the prompt" + (" or ask for fewer" if most_tokens else ""),
+                param="messages" if isinstance(body, ChatRequest) else "prompt",
+                code="context_length_exceeded",
+            )
+        for answer in range(body.n):
+            made.append(
+                engine.Request(
+                    prompt,
+                    adapter=served.personal.cluster if hosted.run.rows.count else BASE,
+                    vector_J=served.personal.vector_J,
+                    beta=beta,
+                    max_new_tokens=most_tokens or min(left, settings.max_new_tokens),
+                    temperature=body.temperature,
+                    top_p=body.top_p,
+                    # Seeds of their own, so that n answers differ; torch takes 64 bits without a sign.
+                    seed=(seed + number * body.n + answer) % (MAX_SEED + 1),
+                    stop=body.stops,
+                    top_log_probs=top_log_probs,
+                )
+            )
+    return made
+
+
+async def _answer(
+    request: Request,
+    by: Caller,
+    hosted: Hosted,
+    asked: Sequence[engine.Request],
+    shape: _Chat | _Text,
+    body: ChatRequest | CompletionRequest,
+    served: Served,
+    prompt_tokens: int,
+) -> Response:
+    """Start the requests, and answer whole or as a stream once the first token is there."""
+    service, metrics = _service(request), request.app.state.metrics
+    in_flight: Counter[str] = request.app.state.in_flight
+    if in_flight[by.key] + len(asked) > service.settings.max_in_flight:
+        message = f"{in_flight[by.key]} answers for this key are under way, and at most"
+        raise ApiError(
+            429,
+            f"{message} {service.settings.max_in_flight} may be: wait for one to end",
+            code="rate_limit_exceeded",
+            headers={"Retry-After": "1"},
+        )
+    in_flight[by.key] += len(asked)
+    started = time.perf_counter()
+    answering = Answering(hosted.worker, asked)
+
+    async def close() -> None:
+        in_flight[by.key] -= len(asked)
+        if not in_flight[by.key]:
+            del in_flight[by.key]
+        await answering.close()
+
+    try:
+        first = await _unless_gone(request, answering.next())
+        metrics.first_token(time.perf_counter() - started)
+        headers = {PERSONALIZATION: served.state}
+        if body.stream:
+            events = _chunks(answering, first, shape, body, prompt_tokens, len(asked), metrics)
+            return _EventStream(events, close, headers=headers, media_type="text/event-stream")
+        found = await _unless_gone(request, _gather(answering, first, len(asked)))
+    except BaseException as error:
+        await close()
+        raise _translated(error) from error
+    await close()
+    metrics.answered(started, sum(len(events) for events in found))
+    endings = [events[-1].completion for events in found]
+    choices = [shape.whole(i, events, end) for i, (events, end) in enumerate(zip(found, endings, strict=True)) if end]
+    content = {**shape.head, "choices": choices, "usage": usage(prompt_tokens, [end for end in endings if end])}
+    return JSONResponse(content, headers=headers)
+
+
+async def _gather(answering: Answering, first: tuple[int, Event] | None, count: int) -> list[list[Event]]:
+    """The events of each answer."""
+    found: list[list[Event]] = [[] for _ in range(count)]
+    item = first
+    while item is not None:
+        found[item[0]].append(item[1])
+        item = await answering.next()
+    return found
+
+
+async def _chunks(
+    answering: Answering,
+    first: tuple[int, Event] | None,
+    shape: _Chat | _Text,
+    body: ChatRequest | CompletionRequest,
+    prompt_tokens: int,
+    count: int,
+    metrics: Metrics,
+) -> AsyncIterator[str]:
+    """Server-sent events."""
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    head = shape.chunk_head | ({"usage": None} if with_usage else {})
+    completions: list[Completion] = []
+    shown = [0] * count
+    started, item, tokens = time.perf_counter(), first, 0
+    try:
+        for index in range(count):
+            if (opening := shape.opening(index)) is not None:
+                yield _sent({**head, "choices": [opening]})
+        while item is not None:
+            index, event = item
+            tokens += 1
+            if event.text or event.completion is not None or shape.log_probs:
+                yield _sent({**head, "choices": [shape.chunk(index, event, shown[index])]})
+            shown[index] += len(event.text)
+            if event.completion is not None:
+                completions.append(event.completion)
+            item = await answering.next()
+    except (EngineFailed, Overloaded) as error:  # too late for a status
+        yield _sent(_translated(error).body())
+        return
+    if with_usage:
+        yield _sent({**head, "choices": [], "usage": usage(prompt_tokens, completions)})
+    metrics.answered(started, tokens)
+    yield "data: [DONE]\n\n"
+
+
+def _sent(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+class _EventStream(StreamingResponse):
+    """A stream that closes what feeds it however it ends, also before its first chunk."""
+
+    def __init__(self, content: AsyncIterator[str], close: Callable[[], Any], **keywords: Any) -> None:
+        super().__init__(content, **keywords)
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await asyncio.shield(self._close())
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def _unless_gone(request: Request, work: Any) -> Any:
+    """What ``work`` gives, or ``ClientGone`` as soon as the client hangs up."""
+    working = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
+    finally:
+        for task in (working, gone):
+            task.cancel()
+        with suppress(asyncio.CancelledError):
+            await gone
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _translated(error: BaseException) -> Any:
+    """The API's error for the worker's; what is unknown stays as it is."""
+    match error:
+        case Overloaded():
+            return ApiError(503, str(error), code="overloaded", headers={"Retry-After": "2"})
+        case EngineFailed():
+            return ApiError(503, f"{error}: try again", code="engine_failed", headers={"Retry-After": "2"})
+        case ClientGone():
+            return ApiError(499, "the client has closed the connection")
+        case ValueError():
+            return ApiError(400, str(error))
+    return error
+
+
+async def _follow(service: Service, by: Caller, person: Person, wait: bool) -> Response:
+    """202 with the place where the fit can be followed, or 200 once it is done."""
+    service.fit_soon()
+    location = f"/v1/users/{person.user_id}"
+    deadline = time.monotonic() + WAIT_SECONDS
+    while True:
+        versions = await asyncio.to_thread(service.fitted_version, by.tenant, person.user_id)
+        described = {**_described(service, person, *versions), "status_url": location}
+        if described["status"] == "personal":
+            service.cache.forget(by.tenant, person.user_id)
+            return JSONResponse(described, 200)
+        if not wait or time.monotonic() > deadline:
+            return JSONResponse(described, 202, headers={"Location": location})
+        await asyncio.sleep(0.05)
+
+
+def _described(service: Service, person: Person, version: int | None, fitted: int | None) -> dict[str, Any]:
+    status = "personal" if fitted is not None and fitted >= person.version else "pending"
+    return {
+        "id": person.user_id,
+        "object": "user",
+        "status": status,
+        "texts": len(person.texts),
+        "version": person.version,
+        "model": service.live,
+        "created": int(person.created.timestamp()),
+        "updated": int(person.updated.timestamp()),
+    }
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    hosted = service.find(name)
+    assert hosted is not None
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "palate",
+        "live": hosted.name == service.live,
+        "run": hosted.name,
+        "base": hosted.run.loaded.name,
+        "clusters": hosted.run.rows.count,
+    }
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    """The first thing that is wrong with a request, by the name of its field."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    param = ".".join(part for part in place if not part.startswith(("function-", "constrained-"))) or None
+    what = "the body is no valid JSON" if first["type"] == "json_invalid" else str(first["msg"])
+    message = f"{param}: {what}" if param and first["type"] != "json_invalid" else what
+    return ApiError(400, message, param=param).response()
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
+
+
+async def _unexpected_error(request: Request, error: Exception) -> Response:
+    log.error("unexpected error", exc_info=error)
+    return ApiError(500, "the server failed; its log says why").response()
+
+
+class BoundedBody:
+    """Refuses bodies of more than ``most`` bytes, before they are in memory."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        too_large = ApiError(413, f"the body has more than {self._most} bytes: send less", code="body_too_large")
+        stated = dict(scope["headers"]).get(b"content-length", b"0")
+        if not stated.isdigit() or int(stated) > self._most:
+            await too_large.response()(scope, receive, send)
+            return
+        read = 0
+        refused = False
+
+        async def bounded() -> Message:
+            nonlocal read, refused
+            message = await receive()
+            if message["type"] == "http.request":
+                read += len(message.get("body", b""))
+                if read > self._most:
+                    refused = True
+                    raise too_large
+            return message
+
+        await self._app(scope, bounded, send)
+
+
+class Counted:
+    """Counts answers by route and status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = scope.get("route")
+                self._metrics.request(getattr(route, "path", "unknown"), message["status"])
+            await send(message)
+
+        await self._app(scope, receive, counted)
+
+
+@asynccontextmanager
+async def running(service: Service) -> AsyncIterator[FastAPI]:
+    """The application over a service that is started here and stopped at the end: for tests and other servers."""
+    await asyncio.to_thread(service.start)
+    try:
+        yield create_app(service)
+    finally:
+        await asyncio.to_thread(service.stop)

@@ -1,0 +1,62 @@
+"""Figures of one replica in Prometheus' format."""
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+if TYPE_CHECKING:
+    from palate.serving.service import Service
+
+_SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+
+
+class Metrics:
+    """Counts requests, tokens and waiting times; the load is read from the service when asked. Labels name no one."""
+
+    def __init__(self, service: "Service") -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "palate_requests", "Answers by route and status", ["route", "status"], registry=self._registry
+        )
+        self._tokens = Counter("palate_tokens", "Tokens of complete answers", registry=self._registry)
+        self._first = Histogram(
+            "palate_first_token_seconds",
+            "From the request to its first token",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._whole = Histogram(
+            "palate_answer_seconds", "From the request to its last token", buckets=_SECONDS, registry=self._registry
+        )
+        self._registry.register(_Load(service))
+
+    def request(self, route: str, status: int) -> None:
+        self._requests.labels(route, str(status)).inc()
+
+    def first_token(self, seconds: float) -> None:
+        self._first.observe(seconds)
+
+    def answered(self, started: float, tokens: int) -> None:
+        """A complete answer; ``started`` is ``time.perf_counter()`` at its request."""
+        self._whole.observe(time.perf_counter() - started)
+        self._tokens.inc(tokens)
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _Load:
+    """What each run is doing at the moment."""
+
+    def __init__(self, service: "Service") -> None:
+        self._service = service
+
+    def collect(self) -> Iterator[Metric]:
+        for name in ("running", "waiting", "jobs"):
+            gauge = GaugeMetricFamily(f"palate_{name}", f"Requests that are {name}", labels=["run"])
+            for hosted in list(self._service.hosted.values()):
+                gauge.add_metric([hosted.name], getattr(hosted.worker.load, name))
+            yield gauge

@@ -1,0 +1,246 @@
+"""What stands behind the HTTP routes of one replica: the runs in memory, who a request is for, and the fits of people.
+
+The database is what replicas share: people and their texts, vectors by head version, keys, and the registry of runs.
+Two threads tend it. One loads runs that the registry lists and lets go of those that are retired; the other claims
+people whose vector is older than their texts (new ones, edited ones, and everybody after a new head) and fits them
+beside the decoding. A replica that dies leaves its claims to the others, which take them when the lease ends.
+"""
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from palate.artifacts import ArtifactError
+from palate.serving.engine import Engine
+from palate.serving.served_run import Personal, ServedRun, Written, fit_person, load_run
+from palate.serving.worker import EngineFailed, EngineWorker
+from palate.users.cache import VectorCache
+from palate.users.runs import RunState, live_run, promote, runs
+from palate.users.store import Fitted, Person, Store, open_store
+
+State = Literal["pending", "population", "personal"]
+
+LEASE_SECONDS = 300.0  # a replica that dies in a fit keeps the person for so long
+LOOK_SECONDS = 0.5  # how often the database is looked at, by each thread
+
+log = logging.getLogger(__name__)
+
+
+class Settings(BaseModel):
+    """How a replica serves. The defaults are for a laptop."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    database: str = "sqlite:///palate.db"
+    """URL of the user store: a SQLite file, or PostgreSQL where there are several replicas."""
+    device: str = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    threads: int | None = Field(None, ge=1)
+    """Threads of torch; all cores by default."""
+    require_keys: bool = True
+    """Whether every request needs an API key; without, everybody is the tenant "default"."""
+    alias: str = Field("palate", min_length=1, max_length=128)
+    """The name of whatever run is live, for clients that do not want to know its name."""
+    slots: int = Field(16, ge=1)
+    """Answers that are decoded at a time."""
+    max_length: int = Field(2048, ge=16)
+    """Most tokens of a prompt and its answer together."""
+    prefill_tokens: int = Field(256, ge=16)
+    """Prompt tokens in one pass: how long a new prompt may hold up running answers."""
+    max_waiting: int = Field(64, ge=0)
+    """Requests that may wait for a slot; more are refused with 503."""
+    max_in_flight: int = Field(32, ge=1)
+    """Answers that one key may have under way in this replica; more are refused with 429."""
+    max_answers: int = Field(8, ge=1)
+    """Largest ``n``."""
+    max_new_tokens: int = Field(512, ge=1)
+    """Longest answer; also the length where a request names none."""
+    max_body_bytes: int = Field(4_000_000, ge=1000)
+    cache_bytes: int = Field(64_000_000, ge=0)
+    """Vectors kept in memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Hosted:
+    """A run in memory with the thread that decodes on it."""
+
+    name: str
+    run: ServedRun
+    worker: EngineWorker
+
+
+@dataclass(frozen=True)
+class Served:
+    """Whom a request is answered for: cluster and vector, where these come from, and the history that prompts quote."""
+
+    personal: Personal
+    state: State
+    history: tuple[Written, ...] = ()
+
+
+class Service:
+    """One replica. ``ready`` says whether it has a live run; ``healthy`` whether it should go on.
+
+    Raises:
+        ValueError: the database cannot be used.
+    """
+
+    def __init__(self, settings: Settings, *, store: Store | None = None) -> None:
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.settings = settings
+        self.store = store or open_store(settings.database)
+        self.cache = VectorCache(self.store, settings.cache_bytes)
+        self.owner = secrets.token_hex(8)
+        self.hosted: dict[str, Hosted] = {}
+        self.live: str | None = None
+        self.failed: dict[str, str] = {}  # runs that could not be loaded, and why
+        self._stopping = threading.Event()
+        self._fit_now = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._repeat, args=(work, wait), name=f"palate-{work.__name__}", daemon=True)
+            for work, wait in ((self.tend_runs, self._stopping.wait), (self._tend_people, self._wait_for_people))
+        ]
+
+    def start(self) -> "Service":
+        """Load what the registry lists, then keep tending in the background."""
+        self.tend_runs()
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End the threads; what still decodes fails with ``EngineFailed``."""
+        self._stopping.set()
+        self._fit_now.set()
+        for hosted in list(self.hosted.values()):
+            hosted.worker.stop()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+        self.store.close()
+
+    @property
+    def ready(self) -> bool:
+        return self.live is not None
+
+    @property
+    def healthy(self) -> bool:
+        """False once an engine has failed: the replica must be replaced."""
+        return all(hosted.worker.failure is None for hosted in list(self.hosted.values()))
+
+    def find(self, model: str) -> Hosted | None:
+        """The run that a request's ``model`` names: its own name, or the alias of the live one."""
+        name = self.live if model == self.settings.alias else model
+        return self.hosted.get(name) if name is not None else None
+
+    def serve(self, hosted: Hosted, tenant: str, user_id: str | None) -> Served:
+        """Whom to answer for. Reads the database where the cache is older than a second."""
+        run = hosted.run
+        if user_id is None:
+            return Served(run.population, "population")
+        fitted = self.cache.get(tenant, user_id, run.version)
+        history: tuple[Written, ...] = ()
+        if run.history_k and (person := self.store.person(tenant, user_id)) is not None:
+            history = written(person)
+        if fitted is not None:
+            return Served(Personal(fitted.cluster, torch.from_numpy(fitted.vector_J.copy())), "personal", history)
+        version, _ = self.store.current(tenant, user_id, run.version)
+        return Served(run.population, "population" if version is None else "pending", history)
+
+    def fit_soon(self) -> None:
+        """Have the fitting thread look at the database now."""
+        self._fit_now.set()
+
+    def fitted_version(self, tenant: str, user_id: str) -> tuple[int | None, int | None]:
+        """Version of the person's history, and of their vector for the live run."""
+        live = self.hosted.get(self.live or "")
+        return self.store.current(tenant, user_id, live.run.version if live else "")
+
+    def tend_runs(self) -> None:
+        """Load runs that the registry lists, switch to the live one, let go of the retired."""
+        listed = {run.name: run for run in runs(self.store)}
+        for name, run in listed.items():
+            if run.state is not RunState.RETIRED and name not in self.hosted and name not in self.failed:
+                try:
+                    self.hosted[name] = self._load(name, run.url)
+                except (ArtifactError, ValueError, OSError) as error:
+                    log.error("run %s cannot be served: %s", name, error)
+                    self.failed[name] = str(error)
+        live = live_run(self.store)
+        if live is not None and live.name in self.hosted:
+            self.live = live.name
+        for run in listed.values():
+            if run.state is RunState.REFITTING and run.name in self.hosted and not self.store.stale(run.head):
+                log.info("everybody is fitted to run %s: it goes live", run.name)
+                promote(self.store, run.name)
+                self.live = run.name
+        for name in [name for name in self.hosted if name != self.live]:
+            gone = name not in listed or listed[name].state is RunState.RETIRED
+            load = self.hosted[name].worker.load
+            if gone and not load.running and not load.waiting:
+                self.hosted.pop(name).worker.stop()
+
+    def _load(self, name: str, url: str) -> Hosted:
+        settings, start = self.settings, time.perf_counter()
+        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        run = load_run(url, device=settings.device, dtype=dtype)
+        limit = getattr(run.loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        engine = Engine(
+            run.loaded,
+            run.rows,
+            run.head,
+            slots=settings.slots,
+            max_length=min(settings.max_length, limit or settings.max_length),
+            prefill_tokens=settings.prefill_tokens,
+        )
+        log.info("run %s loaded from %s in %.1f s", name, url, time.perf_counter() - start)
+        return Hosted(name, run, EngineWorker(engine, max_waiting=settings.max_waiting))
+
+    def _tend_people(self) -> None:
+        """Fit people whose vector is missing or older than their texts, those of the live run first."""
+        busy = True
+        while busy and not self._stopping.is_set():
+            busy = False
+            for hosted in sorted(self.hosted.values(), key=lambda one: one.name != self.live):
+                for person in self.store.claim_stale(hosted.run.version, self.owner, seconds=LEASE_SECONDS):
+                    busy = True
+                    self._fit(hosted, person)
+
+    def _fit(self, hosted: Hosted, person: Person) -> None:
+        try:
+            personal = hosted.worker.run_beside(fit_person(hosted.run, written(person))).result()
+        except EngineFailed:
+            return
+        except Exception as error:
+            # Claimed by us until the lease ends, so that the others' fits go on meanwhile.
+            log.exception("the texts of one person cannot be fitted: %s", error)
+            return
+        vector_J = personal.vector_J.float().numpy()
+        fitted = Fitted(hosted.run.version, person.version, personal.cluster, vector_J, len(person.texts))
+        self.store.save_fitted(person.tenant, person.user_id, fitted)
+        self.cache.forget(person.tenant, person.user_id)
+
+    def _repeat(self, work: Callable[[], None], wait: Callable[[float], object]) -> None:
+        while not self._stopping.is_set():
+            try:
+                work()
+            except Exception as error:  # the database may be away for a while
+                log.exception("%s failed, and is tried again: %s", work.__name__, error)
+            wait(LOOK_SECONDS)
+
+    def _wait_for_people(self, seconds: float) -> None:
+        self._fit_now.wait(seconds)
+        self._fit_now.clear()
+
+
+def written(person: Person) -> tuple[Written, ...]:
+    """A person's texts as they are fitted to."""
+    return tuple(Written(text.input, text.output) for text in person.texts)
