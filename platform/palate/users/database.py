@@ -1,0 +1,189 @@
+"""Connections to the database, its transactions, and its schema brought up to date.
+
+SQLite for one machine, PostgreSQL for several. Both give the same: a reader sees one state of the database, writers of
+one person wait for each other. On SQLite all writers wait for each other (``BEGIN IMMEDIATE``); on PostgreSQL those of
+one person do, by a lock on the person's row.
+"""
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import ColumnElement, Connection, Double, Engine, Table, cast, create_engine, event, func, literal, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+SCRIPTS = Path(__file__).with_name("migrations")
+VERSION_TABLE = "palate_version"  # not alembic's own name: the database may be another program's too
+WAIT_S = 30.0  # how long a writer waits for others on SQLite
+
+# Any number that others are unlikely to choose: who holds it upgrades the schema.
+_UPGRADE_LOCK = 7_252_835_283_001
+
+
+class NewerDatabase(Exception):
+    """The database was upgraded by a version of Palate that is newer than this one."""
+
+
+class Database:
+    """An open database with the current schema. Safe to share between threads."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._sqlite = engine.dialect.name == "sqlite"
+        if self._sqlite:
+            self._reads, self._writes = engine, engine.execution_options(palate_write=True)
+        else:
+            self._reads = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+            self._writes = engine.execution_options(isolation_level="READ COMMITTED")
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that sees one state of the database throughout and writes nothing."""
+        with self._reads.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction that is committed at the end of the block, or undone by an exception."""
+        with self._writes.begin() as connection:
+            yield connection
+
+    def insert_new(self, table: Table) -> Any:
+        """An INSERT that leaves an existing row as it is."""
+        insert = sqlite.insert(table) if self._sqlite else postgresql.insert(table)
+        return insert.on_conflict_do_nothing()
+
+    def now(self) -> ColumnElement[float]:
+        """Seconds since 1970, as SQL: by PostgreSQL's clock, because those of its clients may differ."""
+        if self._sqlite:
+            return literal(time.time(), Double)
+        return cast(func.extract("epoch", func.clock_timestamp()), Double)
+
+    def clean_log(self) -> None:
+        """On SQLite, bring the write-ahead log into the file and empty it, unless somebody is reading just now."""
+        if not self._sqlite:
+            return
+        connection = self.engine.raw_connection()
+        try:
+            cursor = connection.cursor()
+            cursor.execute("PRAGMA busy_timeout = 100")
+            cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            cursor.execute(f"PRAGMA busy_timeout = {int(WAIT_S * 1000)}")
+        finally:
+            connection.close()
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def connect(url: str) -> Engine:
+    """An engine for a URL; nothing is changed in the database.
+
+    Raises:
+        ValueError: the URL is neither of SQLite with a file nor of PostgreSQL.
+    """
+    expected = "expected sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        # The message leaves the URL out: it may hold a password.
+        raise ValueError(f"the user store's URL cannot be read; {expected}") from None
+    kind = parsed.get_backend_name()
+    if kind in ("postgresql", "postgres") and parsed.drivername in (kind, f"{kind}+psycopg"):
+        return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+    if parsed.drivername in ("sqlite", "sqlite+pysqlite"):
+        return _sqlite_engine(parsed, expected)
+    raise ValueError(f"the user store's URL is {parsed.render_as_string()!r}; {expected}")
+
+
+def upgrade(database: Database) -> None:
+    """Bring the schema to this version's. Several processes may do so at once: one does it, the others wait.
+
+    Raises:
+        NewerDatabase: the schema is of a version that this code does not know.
+    """
+    script = ScriptDirectory.from_config(_config())
+    with database.read() as connection:
+        if _is_current(connection, script):
+            return
+    with database.write() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _UPGRADE_LOCK})
+        if not _is_current(connection, script):
+            config = _config()
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+
+def _is_current(connection: Connection, script: ScriptDirectory) -> bool:
+    found = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
+    known = {one.revision for one in script.walk_revisions()}
+    if found is not None and found not in known:
+        raise NewerDatabase(
+            f"{connection.engine.url.render_as_string()} has schema {found}, this Palate knows none after "
+            f"{script.get_current_head()}: a newer Palate has upgraded it. Install that version here too, or restore "
+            "the database from before the upgrade"
+        )
+    return found == script.get_current_head()
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(SCRIPTS).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def _sqlite_engine(url: URL, expected: str) -> Engine:
+    if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
+        raise ValueError(f"the user store's URL is {url.render_as_string()!r}, which names no file; {expected}")
+    Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url, connect_args={"timeout": WAIT_S})
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, record: object) -> None:
+        # The driver would begin transactions by itself, only before some statements and never IMMEDIATE.
+        connection.isolation_level = None
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA secure_delete = ON")  # zeros over what is deleted
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        write = connection.get_execution_options().get("palate_write")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    _use_log(engine)
+    return engine
+
+
+def _use_log(engine: Engine) -> None:
+    """Switch the file to a write-ahead log, once and for all: readers and a writer do not wait for each other."""
+    end = time.monotonic() + WAIT_S
+    while True:
+        try:
+            # SQLite does not wait for others here, whatever the timeout. Not in a transaction, so not by SQLAlchemy.
+            connection = engine.raw_connection()
+            try:
+                connection.cursor().execute("PRAGMA journal_mode = WAL")
+            finally:
+                connection.close()
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > end:
+                raise
+            time.sleep(0.02)

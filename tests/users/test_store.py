@@ -1,0 +1,515 @@
+"""People in both databases: versions, vectors, leases, deletion, export."""
+
+import itertools
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sqlalchemy import MetaData, select
+
+from palate.users import schema
+from palate.users.checks import require_id
+from palate.users.store import Fitted, PastText, Store, open_store
+
+HEAD = "head-1"
+LETTER = PastText("Write a letter", "Dear all, hullo", "2024-05-01")
+NOTE = PastText("", "Milk, eggs.")
+
+
+def fit(version: int, head: str = HEAD, fill: float = 0.5, cluster: int = 2) -> Fitted:
+    return Fitted(head, version, cluster, np.full(8, fill, dtype=np.float32), 2)
+
+
+def together(functions):
+    """Call functions in a thread each, started at once; their results."""
+    start = threading.Barrier(len(functions))
+
+    def call(function):
+        start.wait(timeout=30)
+        return function()
+
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return [done.result(timeout=60) for done in [pool.submit(call, function) for function in functions]]
+
+
+# Histories and versions
+
+
+def test_a_history_comes_back_whole_and_in_order(store):
+    person, changed = store.put_history("acme", "ann", [LETTER, NOTE, LETTER])
+    assert changed
+    assert (person.tenant, person.user_id, person.version) == ("acme", "ann", 1)
+    assert person.texts == (LETTER, NOTE, LETTER)
+    assert store.person("acme", "ann") == person
+    assert person.created.utcoffset().total_seconds() == 0
+    assert store.person("acme", "bob") is None
+    assert store.person("other", "ann") is None
+
+
+def test_equal_texts_write_nothing_and_others_count_up(store):
+    first, _ = store.put_history("acme", "ann", [LETTER, NOTE])
+    assert store.put_history("acme", "ann", (LETTER, NOTE)) == (first, False)
+    person, changed = store.put_history("acme", "ann", [NOTE, LETTER])
+    assert changed
+    assert person.version == 2
+    assert person.created == first.created
+    assert person.updated > first.updated
+    assert store.put_history("acme", "ann", [])[0].texts == ()
+    assert store.person("acme", "ann").version == 3
+
+
+def test_a_first_history_may_be_empty(store):
+    person, changed = store.put_history("acme", "ann", [])
+    assert (person.version, person.texts, changed) == (1, (), True)
+    assert store.put_history("acme", "ann", [])[1] is False
+
+
+def test_tenants_do_not_see_each_others_people(store):
+    store.put_history("acme", "ann", [LETTER])
+    store.put_history("other", "ann", [NOTE])
+    store.add_feedback("other", "ann", "p", "a", "e")
+    assert store.person("acme", "ann").texts == (LETTER,)
+    assert store.feedback("acme", "ann") == []
+    assert store.save_fitted("other", "ann", fit(2))
+    assert store.fitted("acme", "ann", HEAD) is None
+    assert store.delete("acme", "ann")
+    assert store.person("other", "ann").texts == (NOTE, PastText("p", "e"))
+    assert store.fitted("other", "ann", HEAD) is not None
+
+
+def test_texts_of_any_language_and_length_survive(store):
+    texts = [PastText("é" * 70_000, "漢字\n\t'\"\\ 🎈 %s :name", ""), PastText("", "")]
+    store.put_history("acme", "ann", texts)
+    assert store.person("acme", "ann").texts == tuple(texts)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (PastText("a\0b", "c"), r"texts\[1\]\.input holds the character U\+0000 at position 1"),
+        (PastText("a", "\ud800"), r"texts\[1\]\.output holds half a surrogate pair at position 0"),
+        (PastText("a", "b", "\0"), r"texts\[1\]\.date"),
+        (PastText("a", 7), r"texts\[1\]\.output is of type int"),
+    ],
+)
+def test_a_text_that_cannot_be_stored_is_refused_by_name_and_nothing_is_written(store, text, message):
+    with pytest.raises(ValueError, match=message):
+        store.put_history("acme", "ann", [LETTER, text])
+    assert store.person("acme", "ann") is None
+
+
+def test_versions_of_a_person_go_on_after_deletion(store):
+    for number in range(3):
+        store.put_history("acme", "ann", [PastText("", str(number))])
+    store.put_history("acme", "bob", [NOTE])
+    assert store.delete("acme", "ann")
+    assert store.put_history("acme", "ann", [LETTER])[0].version == 4
+    assert store.put_history("acme", "bob", [LETTER])[0].version == 2  # who stayed counts on by one
+    assert store.delete("acme", "bob")
+    assert store.delete("acme", "ann")
+    assert store.put_history("acme", "ann", [NOTE])[0].version == 5
+    assert store.put_history("other", "ann", [NOTE])[0].version == 1
+
+
+def test_eight_threads_that_put_histories_end_with_one_of_them_whole(store):
+    histories = [[PastText(str(thread), f"{thread} {place}") for place in range(20)] for thread in range(8)]
+
+    def put(history):
+        return lambda: [store.put_history("acme", "ann", history)[0].version for _ in range(5)]
+
+    store.put_history("acme", "ann", [NOTE])
+    together([put(history) for history in histories])
+    person = store.person("acme", "ann")
+    assert list(person.texts) in histories
+    with store.read() as connection:
+        stored = connection.execute(select(schema.texts)).all()
+    assert len(stored) == 20
+    assert 1 + 8 <= person.version <= 1 + 8 * 5
+
+
+def test_every_version_belongs_to_one_history_under_concurrent_writes(store):
+    def put(thread):
+        return lambda: [store.put_history("acme", "ann", [PastText(str(thread), str(k))])[0] for k in range(6)]
+
+    people = list(itertools.chain(*together([put(thread) for thread in range(8)])))
+    assert sorted(person.version for person in people) == list(range(1, 49))
+    assert len({person.texts for person in people}) == 48
+
+
+def test_a_version_is_never_given_twice_while_a_person_is_deleted_and_put_again(store):
+    def put(thread):
+        return lambda: [store.put_history("acme", "ann", [PastText(str(thread), str(k))])[0] for k in range(6)]
+
+    def remove():
+        return [store.delete("acme", "ann") for _ in range(6)]
+
+    results = together([*[put(thread) for thread in range(4)], remove, remove])
+    people = list(itertools.chain(*results[:4]))
+    assert len({person.version for person in people}) == len(people) == 24
+
+
+def test_a_reader_sees_one_version_with_its_own_texts(store):
+    def history(number):
+        return [PastText(str(number), str(place)) for place in range(5)]
+
+    store.put_history("acme", "ann", history(1))
+    done = threading.Event()
+
+    def write():
+        for number in range(2, 22):
+            store.put_history("acme", "ann", history(number))
+        done.set()
+
+    def watch():
+        seen = []
+        while not done.is_set():
+            seen.append(store.person("acme", "ann"))
+        return seen
+
+    for person in together([write, watch])[1]:
+        assert list(person.texts) == history(person.version)
+
+
+# Ids
+
+
+@pytest.mark.parametrize("value", ["a", "a" * 128, "ann@example.com", "A:b_c-d.0", "...", "-"])
+def test_ids(value, store):
+    assert require_id(value, "user id") == value
+    assert store.put_history("acme", value, [NOTE])[0].user_id == value
+    assert store.people("acme") == [value]
+
+
+@pytest.mark.parametrize("value", ["", ".", "..", "a/b", "a b", "a\n", "é", "a" * 129, "a\0", None, 7, "a\\b", "%2e"])
+def test_what_is_no_id_is_refused(value, store):
+    with pytest.raises(ValueError, match=r"user id is .*expected 1 to 128 characters"):
+        store.put_history("acme", value, [NOTE])
+    with pytest.raises(ValueError, match="tenant is "):
+        store.add_feedback(value, "ann", "p", "a", "e")
+    assert store.count("acme") == 0
+
+
+def test_ids_are_listed_page_by_page_in_the_order_of_code_points(store):
+    names = ["b", "a", "B", "_", "a-1", "a.1", "a:1", "Z", "9", "ab"]
+    for name in names:
+        store.put_history("acme", name, [NOTE])
+    store.put_history("other", "c", [NOTE])
+    assert store.count("acme") == 10
+    assert store.people("acme") == sorted(names)
+    pages, after = [], ""
+    while page := store.people("acme", after=after, limit=3):
+        pages.append(page)
+        after = page[-1]
+    assert [len(page) for page in pages] == [3, 3, 3, 1]
+    assert list(itertools.chain(*pages)) == sorted(names)
+    assert store.people("nobody") == []
+
+
+# Feedback
+
+
+def test_feedback_is_kept_and_becomes_the_latest_text(store):
+    store.put_history("acme", "ann", [LETTER])
+    person = store.add_feedback("acme", "ann", "Write a note", "Buy milk!", "milk pls")
+    assert person.version == 2
+    assert person.texts == (LETTER, PastText("Write a note", "milk pls"))
+    assert store.add_feedback("acme", "ann", "Again", "x", "y").texts[-1] == PastText("Again", "y")
+    first, second = store.feedback("acme", "ann")
+    assert (first.prompt, first.answer, first.edited) == ("Write a note", "Buy milk!", "milk pls")
+    assert first.id < second.id
+    assert first.created <= second.created
+
+
+def test_feedback_makes_a_person(store):
+    assert store.add_feedback("acme", "ann", "p", "a", "e").version == 1
+    assert store.person("acme", "ann").texts == (PastText("p", "e"),)
+    with pytest.raises(ValueError, match="edited holds the character"):
+        store.add_feedback("acme", "bob", "p", "a", "\0")
+    assert store.people("acme") == ["ann"]
+
+
+def test_no_concurrent_feedback_is_lost(store):
+    def add(thread):
+        return lambda: [store.add_feedback("acme", "ann", f"{thread}", "a", f"{k}") for k in range(5)]
+
+    together([add(thread) for thread in range(8)])
+    person = store.person("acme", "ann")
+    assert person.version == 40
+    assert len(set(person.texts)) == len(person.texts) == 40
+    assert len(store.feedback("acme", "ann")) == 40
+
+
+# Vectors
+
+
+def test_a_vector_comes_back_bit_by_bit(store):
+    person, _ = store.put_history("acme", "ann", [LETTER])
+    vector_J = np.random.default_rng(0).normal(size=64).astype(np.float32)
+    assert store.save_fitted("acme", "ann", Fitted(HEAD, person.version, np.int64(3), vector_J, 1))
+    found = store.fitted("acme", "ann", HEAD)
+    assert (found.head, found.version, found.cluster, found.texts) == (HEAD, 1, 3, 1)
+    assert found.vector_J.dtype == np.float32
+    np.testing.assert_array_equal(found.vector_J, vector_J)
+    assert store.fitted("acme", "ann", "head-2") is None
+    assert store.current("acme", "ann", HEAD) == (1, 1)
+    assert store.current("acme", "ann", "head-2") == (1, None)
+    assert store.current("acme", "bob", HEAD) == (None, None)
+
+
+def test_a_vector_of_another_version_or_of_nobody_is_not_written(store):
+    assert not store.save_fitted("acme", "ann", fit(1))
+    store.put_history("acme", "ann", [LETTER])
+    assert store.save_fitted("acme", "ann", fit(1, fill=1.0))
+    store.put_history("acme", "ann", [NOTE])
+    assert store.current("acme", "ann", HEAD) == (2, 1)
+    assert not store.save_fitted("acme", "ann", fit(1, fill=2.0))
+    assert not store.save_fitted("acme", "ann", fit(3, fill=2.0))
+    assert store.fitted("acme", "ann", HEAD).vector_J[0] == 1.0  # the old one is served on
+    assert store.save_fitted("acme", "ann", fit(2, fill=3.0))
+    assert store.fitted("acme", "ann", HEAD).vector_J[0] == 3.0
+    store.delete("acme", "ann")
+    assert not store.save_fitted("acme", "ann", fit(2))
+    assert store.fitted("acme", "ann", HEAD) is None
+
+
+@pytest.mark.parametrize("vector", [np.zeros((2, 2), np.float32), np.array([1.0, np.nan]), np.array([1, 2])])
+def test_what_is_no_vector_is_refused(store, vector):
+    store.put_history("acme", "ann", [LETTER])
+    with pytest.raises(ValueError, match=r"the vector for head 'head-1' is .*expected \(J,\) finite"):
+        store.save_fitted("acme", "ann", Fitted(HEAD, 1, 0, vector, 1))
+    assert store.fitted("acme", "ann", HEAD) is None
+
+
+def test_dropping_a_head_leaves_the_others(store):
+    for name in ("ann", "bob"):
+        store.put_history("acme", name, [LETTER])
+        store.save_fitted("acme", name, fit(1))
+    store.save_fitted("acme", "ann", fit(1, "head-2"))
+    assert store.drop_head(HEAD) == 2
+    assert store.fitted("acme", "ann", HEAD) is None
+    assert store.fitted("acme", "ann", "head-2") is not None
+    assert store.stale(HEAD) == 2
+    assert store.drop_head(HEAD) == 0
+
+
+# Leases
+
+
+def names(people):
+    return [person.user_id for person in people]
+
+
+def test_who_has_no_vector_or_an_old_one_is_claimed_once(store):
+    for name in ("ann", "bob", "cat"):
+        store.put_history("acme", name, [LETTER])
+    store.save_fitted("acme", "ann", fit(1))
+    store.save_fitted("acme", "bob", fit(1))
+    store.put_history("acme", "bob", [NOTE])
+    assert store.stale(HEAD) == 2
+    claimed = store.claim_stale(HEAD, "one", seconds=60, limit=10)
+    assert sorted(names(claimed)) == ["bob", "cat"]
+    assert next(person for person in claimed if person.user_id == "bob") == store.person("acme", "bob")
+    assert store.claim_stale(HEAD, "two", seconds=60, limit=10) == []
+    assert store.claim_stale(HEAD, "one", seconds=60, limit=10) == []
+    assert store.stale(HEAD) == 2
+    assert len(store.claim_stale("head-2", "two", seconds=60, limit=10)) == 3  # another head, another lease
+    assert store.save_fitted("acme", "bob", fit(2))
+    assert store.stale(HEAD) == 1
+    store.put_history("acme", "bob", [LETTER])
+    assert names(store.claim_stale(HEAD, "two", seconds=60, limit=10)) == ["bob"]
+
+
+def test_a_lease_runs_out(store):
+    store.put_history("acme", "ann", [LETTER])
+    assert names(store.claim_stale(HEAD, "one", seconds=0)) == ["ann"]
+    assert names(store.claim_stale(HEAD, "two", seconds=60)) == ["ann"]
+    assert store.claim_stale(HEAD, "three", seconds=60) == []
+
+
+def test_an_owner_that_stops_gives_its_people_back(store):
+    for name in ("ann", "bob", "cat"):
+        store.put_history("acme", name, [LETTER])
+    assert len(store.claim_stale(HEAD, "one", seconds=60, limit=2)) == 2
+    assert len(store.claim_stale(HEAD, "two", seconds=60, limit=2)) == 1
+    assert store.release("one") == 2
+    assert store.release("one") == 0
+    assert len(store.claim_stale(HEAD, "three", seconds=60, limit=9)) == 2
+
+
+def test_a_history_that_changes_during_a_fit_is_claimed_when_the_fit_ends(store):
+    store.put_history("acme", "ann", [LETTER])
+    store.claim_stale(HEAD, "one", seconds=60)
+    store.put_history("acme", "ann", [NOTE])
+    assert store.claim_stale(HEAD, "two", seconds=60) == []
+    assert not store.save_fitted("acme", "ann", fit(1))
+    assert [person.version for person in store.claim_stale(HEAD, "two", seconds=60)] == [2]
+    assert not store.save_fitted("acme", "ann", fit(1))  # the outdated fit ends no lease but its own
+    assert store.claim_stale(HEAD, "three", seconds=60) == []
+
+
+def test_claims_of_one_tenant_and_the_limit(store):
+    for tenant, name in itertools.product(("acme", "other"), ("ann", "bob", "cat")):
+        store.put_history(tenant, name, [LETTER])
+    assert store.stale(HEAD) == 6
+    assert store.stale(HEAD, tenant="other") == 3
+    claimed = store.claim_stale(HEAD, "one", seconds=60, limit=2, tenant="other")
+    assert [(person.tenant, person.user_id) for person in claimed] == [("other", "ann"), ("other", "bob")]
+    assert len(store.claim_stale(HEAD, "one", seconds=60, limit=9, tenant="other")) == 1
+    assert len(store.claim_stale(HEAD, "one", seconds=60, limit=9)) == 3
+    with pytest.raises(ValueError, match="limit is 0"):
+        store.claim_stale(HEAD, "one", seconds=60, limit=0)
+
+
+def test_everybody_is_found_whatever_the_order_of_changes(store):
+    """The search goes on where it ended; people before that place must still be found."""
+    for number in range(10):
+        store.put_history("acme", f"u{number}", [LETTER])
+    assert len(store.claim_stale(HEAD, "one", seconds=60, limit=7)) == 7
+    for number in range(7):
+        store.save_fitted("acme", f"u{number}", fit(1))
+    store.put_history("acme", "u0", [NOTE])
+    store.put_history("acme", "u5", [NOTE])
+    claimed = store.claim_stale(HEAD, "one", seconds=60, limit=4)
+    assert names(claimed) == ["u7", "u8", "u9", "u0"]
+    assert names(store.claim_stale(HEAD, "one", seconds=60, limit=4)) == ["u5"]
+
+
+def test_replicas_that_claim_at_once_share_everybody_without_overlap(url):
+    stores = [open_store(url) for _ in range(4)]
+    for number in range(60):
+        stores[0].put_history("acme", f"u{number}", [LETTER])
+
+    def work(store: Store, owner: str):
+        def fit_all():
+            mine = []
+            while claimed := store.claim_stale(HEAD, owner, seconds=60, limit=3):
+                for person in claimed:
+                    mine.append(person.user_id)
+                    assert store.save_fitted("acme", person.user_id, fit(person.version))
+            return mine
+
+        return fit_all
+
+    fitted = list(itertools.chain(*together([work(store, str(place)) for place, store in enumerate(stores * 2)])))
+    # One that finds others writing passes over; whoever is last has to look once more.
+    fitted += work(stores[0], "last")()
+    assert sorted(fitted) == sorted(f"u{number}" for number in range(60))
+    assert stores[0].stale(HEAD) == 0
+    for store in stores:
+        store.close()
+
+
+# Deletion
+
+
+def test_deletion_leaves_no_trace_in_any_table(store, url):
+    secret = "Zebras-at-quarter-past-nine"
+    vector_J = np.linspace(0.1234, 0.9876, 16, dtype=np.float32)
+    for number in range(300):  # enough for the tables to have inner pages
+        store.put_history("acme", f"u{number}", [PastText(f"question {number}", "An answer. " * 20)])
+    store.put_history("acme", "ann-the-secret-one", [PastText(secret, secret, secret)] * 30)
+    person = store.add_feedback("acme", "ann-the-secret-one", secret, secret, secret)
+    store.claim_stale("head-2", "one", seconds=60, limit=1000)
+    assert store.save_fitted("acme", "ann-the-secret-one", Fitted(HEAD, person.version, 1, vector_J, 31))
+    for number in range(100):
+        store.put_history("acme", f"u{number}", [PastText("changed", "Another answer. " * 30)])
+    traces = [b"ann-the-secret-one", secret.encode(), vector_J.tobytes(), vector_J.tobytes()[:16]]
+    assert all(any(trace in value for value in everything(store)) for trace in traces)
+
+    assert store.delete("acme", "ann-the-secret-one")
+    assert not store.delete("acme", "ann-the-secret-one")
+    left = everything(store)
+    assert len(left) > 1000
+    assert not [value for value in left for trace in traces if trace in value]
+    with store.read() as connection:
+        known = set(connection.scalars(select(schema.people.c.id)))
+        for table in (schema.texts, schema.vectors, schema.leases, schema.feedback):
+            assert set(connection.scalars(select(table.c.person_id))) <= known
+
+    if url.startswith("sqlite"):
+        folder = Path(url.removeprefix("sqlite:///")).parent
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert b"u299" in files["palate.db"]
+        assert not [(name, trace) for name, content in files.items() for trace in traces if trace in content]
+
+
+def everything(store) -> list[bytes]:
+    """Every value in every table that the database has, as bytes."""
+    found = MetaData()
+    found.reflect(store.engine)
+    assert set(schema.metadata.tables) < set(found.tables)
+    values = []
+    with store.read() as connection:
+        for table in found.tables.values():
+            for row in connection.execute(select(table)):
+                values += [value if isinstance(value, bytes) else str(value).encode() for value in row]
+    return values
+
+
+# Export and restore
+
+
+def full_person(store):
+    store.put_history("acme", "ann", [LETTER, NOTE])
+    store.save_fitted("acme", "ann", fit(1, "head-old", fill=0.25))
+    person = store.add_feedback("acme", "ann", "p", "a", "e")
+    store.save_fitted("acme", "ann", fit(person.version))
+    return person
+
+
+def test_an_exported_person_is_json_and_comes_back_in_another_database(store, tmp_path):
+    person = full_person(store)
+    exported = json.loads(json.dumps(store.export("acme", "ann")))
+    with open_store(f"sqlite:///{tmp_path}/other.db") as other:
+        assert other.restore("acme", exported) == person
+        assert other.person("acme", "ann") == person
+        assert [(f.prompt, f.answer, f.edited) for f in other.feedback("acme", "ann")] == [("p", "a", "e")]
+        assert other.feedback("acme", "ann")[0].created == store.feedback("acme", "ann")[0].created
+        assert other.current("acme", "ann", HEAD) == (2, 2)
+        assert other.current("acme", "ann", "head-old") == (2, 1)
+        np.testing.assert_array_equal(other.fitted("acme", "ann", HEAD).vector_J, fit(1).vector_J)
+        assert other.export("acme", "ann") == exported
+    assert store.export("acme", "bob") is None
+
+
+def test_restoring_replaces_and_takes_a_version_that_was_never_used_here(store):
+    person = full_person(store)
+    exported = store.export("acme", "ann")
+    for number in range(3):
+        store.put_history("acme", "ann", [PastText("", str(number))])
+    store.claim_stale(HEAD, "one", seconds=60)
+    restored = store.restore("acme", exported)
+    assert (restored.version, restored.texts) == (6, person.texts)
+    assert len(store.feedback("acme", "ann")) == 1
+    assert store.current("acme", "ann", HEAD) == (6, 6)  # up to date, as it was
+    assert store.current("acme", "ann", "head-old") == (6, 1)
+    store.delete("acme", "ann")
+    assert store.restore("acme", exported).version == 7
+    assert store.put_history("acme", "ann", [])[0].version == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format"),
+        ({"texts": [{"input": "a"}]}, r"texts\.0"),
+        ({"extra": 1}, "extra"),
+        ({"version": "2"}, "version"),
+        ({"user_id": "a/b"}, "user_id"),
+        ({"created": "2024-01-01T00:00:00"}, "created"),
+        ({"texts": [{"input": "a", "output": "\0", "date": None}]}, r"texts\[0\]\.output"),
+        ({"vectors": [{"head": "h", "version": 1, "cluster": 0, "texts": 1, "vector": "AAA="}]}, r"vectors\[0\]"),
+        ({"vectors": [{"head": "h", "version": 9, "cluster": 0, "texts": 1, "vector": ""}]}, r"vectors\[0\]"),
+        ({"vectors": [{"head": "h", "version": 1, "cluster": 0, "texts": 1, "vector": "AADAfw=="}]}, "not finite"),
+    ],
+)
+def test_what_was_not_exported_is_refused_by_name(store, change, message):
+    full_person(store)
+    exported = {**store.export("acme", "ann"), **change}
+    before = store.export("acme", "ann")
+    with pytest.raises(ValueError, match=message):
+        store.restore("acme", exported)
+    assert store.export("acme", "ann") == before
