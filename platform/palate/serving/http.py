@@ -13,11 +13,11 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from starlette.exceptions import HTTPException
+from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from palate.serving import engine
@@ -36,8 +36,9 @@ from palate.serving.schemas import (
 from palate.serving.served_run import chat_prompt
 from palate.serving.service import Hosted, Served, Service
 from palate.serving.worker import EngineFailed, Overloaded
-from palate.users.keys import authenticate, require_id
-from palate.users.store import PastText, Person
+from palate.users.checks import require_id
+from palate.users.keys import authenticate
+from palate.users.records import PastText, Person
 
 PERSONALIZATION = "x-palate-personalization"
 WAIT_SECONDS = 300.0  # longest that ?wait=true blocks
@@ -45,8 +46,8 @@ WAIT_SECONDS = 300.0  # longest that ?wait=true blocks
 log = logging.getLogger(__name__)
 
 
-class ApiError(Exception):
-    """An error in OpenAI's shape."""
+class ApiError(HTTPException):
+    """An error in OpenAI's shape. A kind of FastAPI's own, which passes those through while it reads a body."""
 
     def __init__(
         self,
@@ -57,8 +58,8 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+        super().__init__(status, message, headers)
+        self.status, self.message, self.param, self.code = status, message, param, code
 
     def body(self) -> dict[str, Any]:
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -90,7 +91,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(routes)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(AnyHTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
     app.add_middleware(BoundedBody, most=service.settings.max_body_bytes)
     app.add_middleware(Counted, metrics=app.state.metrics)
@@ -248,7 +249,10 @@ async def export_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
     """All that is kept about a person, as ``/import`` takes it."""
     service = _service(request)
     person = await _person(service, by, user_id)
-    return await asyncio.to_thread(service.store.export, by.tenant, person.user_id)
+    exported = await asyncio.to_thread(service.store.export, by.tenant, person.user_id)
+    if exported is None:  # deleted a moment ago
+        raise _no_person(person.user_id)
+    return exported
 
 
 @routes.post("/v1/users/{user_id}/import", responses=ERRORS)
@@ -648,7 +652,7 @@ async def _validation_error(request: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+    assert isinstance(error, AnyHTTPException)
     return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
 
 
@@ -673,15 +677,13 @@ class BoundedBody:
             await too_large.response()(scope, receive, send)
             return
         read = 0
-        refused = False
 
         async def bounded() -> Message:
-            nonlocal read, refused
+            nonlocal read
             message = await receive()
             if message["type"] == "http.request":
                 read += len(message.get("body", b""))
                 if read > self._most:
-                    refused = True
                     raise too_large
             return message
 

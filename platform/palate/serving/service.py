@@ -18,16 +18,19 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from palate.artifacts import ArtifactError
+from palate.card.runs import open_run
 from palate.serving.engine import Engine
 from palate.serving.served_run import Personal, ServedRun, Written, fit_person, load_run
 from palate.serving.worker import EngineFailed, EngineWorker
 from palate.users.cache import VectorCache
-from palate.users.runs import RunState, live_run, promote, runs
-from palate.users.store import Fitted, Person, Store, open_store
+from palate.users.records import Fitted, Person
+from palate.users.runs import RunState, add_run, live_run, promote, runs
+from palate.users.store import Store, open_store
 
 State = Literal["pending", "population", "personal"]
 
 LEASE_SECONDS = 300.0  # a replica that dies in a fit keeps the person for so long
+GRACE_SECONDS = 10.0  # how long a retired run is still served to requests that have just asked for it
 LOOK_SECONDS = 0.5  # how often the database is looked at, by each thread
 
 log = logging.getLogger(__name__)
@@ -102,6 +105,7 @@ class Service:
         self.hosted: dict[str, Hosted] = {}
         self.live: str | None = None
         self.failed: dict[str, str] = {}  # runs that could not be loaded, and why
+        self._idle_since: dict[str, float] = {}  # of retired runs
         self._stopping = threading.Event()
         self._fit_now = threading.Event()
         self._threads = [
@@ -125,7 +129,17 @@ class Service:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
+        self.store.release(self.owner)
         self.store.close()
+
+    def register(self, url: str, name: str | None = None) -> str:
+        """Put a run into the registry, live where none is; its name, by default the last part of ``url``."""
+        run = open_run(url)
+        name = name or url.rstrip("/").rpartition("/")[2]
+        add_run(self.store, name, url, run.version, run.model)
+        if live_run(self.store) is None:
+            promote(self.store, name)
+        return name
 
     @property
     def ready(self) -> bool:
@@ -185,7 +199,9 @@ class Service:
         for name in [name for name in self.hosted if name != self.live]:
             gone = name not in listed or listed[name].state is RunState.RETIRED
             load = self.hosted[name].worker.load
-            if gone and not load.running and not load.waiting:
+            if not gone or load.running or load.waiting:
+                self._idle_since.pop(name, None)
+            elif time.monotonic() - self._idle_since.setdefault(name, time.monotonic()) > GRACE_SECONDS:
                 self.hosted.pop(name).worker.stop()
 
     def _load(self, name: str, url: str) -> Hosted:

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -86,7 +86,7 @@ class EngineWorker:
             running = min(self._active, self.engine.slots)
             return Load(running, self._active - running, len(self._jobs))
 
-    async def stream(self, request: Request) -> AsyncIterator[Event]:
+    async def stream(self, request: Request) -> AsyncGenerator[Event, None]:
         """The events of a request; the last one carries its completion. Closing the iterator cancels the request.
 
         Raises:

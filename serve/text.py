@@ -1,0 +1,68 @@
+"""Ray Serve application: personalized text over HTTP. `serve run serve/config.yaml`, or with another config.
+
+Each replica loads the runs that the database lists and answers alone; replicas share the database. What a replica does
+is in palate.serving; here is only what Serve needs to know.
+"""
+
+import asyncio
+import time
+
+from fastapi import FastAPI
+from ray import serve
+
+from palate.serving.http import create_app
+from palate.serving.service import Service, Settings
+from palate.users.runs import live_run
+
+
+class TextSettings(Settings):
+    """What the config's ``args`` may say, beside ``Settings``."""
+
+    run: str | None = None
+    """A run to serve where none is live yet: the first start needs no administration."""
+    replicas: int = 1
+    cpus_per_replica: float = 1
+    gpus_per_replica: float = 0
+
+
+@serve.ingress()
+class TextServer:
+    """One replica."""
+
+    def __init__(self, settings: TextSettings) -> None:
+        start = time.perf_counter()
+        plain = settings.model_dump(exclude={"run", "replicas", "cpus_per_replica", "gpus_per_replica"})
+        self._service = Service(Settings(**plain))
+        if settings.run and live_run(self._service.store) is None:
+            self._service.register(settings.run)
+        self._service.start()
+        print(f"replica ready in {time.perf_counter() - start:.1f} s, live: {self._service.live}", flush=True)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._service)
+
+    def check_health(self) -> None:
+        """Serve replaces the replica when this raises."""
+        if not self._service.healthy:
+            raise RuntimeError("the engine has failed: see the replica's log")
+
+    async def __del__(self) -> None:
+        await asyncio.to_thread(self._service.stop)
+
+
+def app(settings: TextSettings) -> serve.Application:
+    """The application of the config's ``import_path``."""
+    # The server has a queue and limits of its own, which answer in OpenAI's shapes; Serve's come behind them.
+    most = 2 * (settings.slots + settings.max_waiting) + 16
+    deployment = serve.deployment(
+        TextServer,
+        name="text",
+        num_replicas=settings.replicas,
+        max_ongoing_requests=most,
+        max_queued_requests=most,
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=60,
+        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
+    )
+    return deployment.bind(settings)
