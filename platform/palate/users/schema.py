@@ -91,7 +91,7 @@ vectors = Table(
     Column("cluster", Integer, nullable=False),
     Column("texts", Integer, nullable=False),
     Column("vector", LargeBinary, nullable=False),  # float32, little-endian
-    Index("ix_vectors_head", "head"),
+    Index("ix_vectors_head", "head", "person_id", "version"),  # who is out of date, without reading any vector
 )
 leases = Table(
     "leases",

@@ -49,7 +49,7 @@ def upgrade() -> None:
         sa.Column("texts", sa.Integer, nullable=False),
         sa.Column("vector", sa.LargeBinary, nullable=False),
     )
-    op.create_index("ix_vectors_head", "vectors", ["head"])
+    op.create_index("ix_vectors_head", "vectors", ["head", "person_id", "version"])
     op.create_table(
         "leases",
         _person(),
