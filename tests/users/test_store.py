@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -434,6 +435,30 @@ def test_deletion_leaves_no_trace_in_any_table(store, url):
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
         assert b"u299" in files["palate.db"]
         assert not [(name, trace) for name, content in files.items() for trace in traces if trace in content]
+
+
+def test_compacting_leaves_no_trace_of_rows_that_were_moved(store, url):
+    """SQLite leaves copies of rows where it moves them from page to page; 200 people make it do so."""
+    chance = random.Random(1)
+    people = [f"user-{chance.getrandbits(60):x}" for _ in range(200)]
+    for name in people:
+        texts = [
+            PastText(name * chance.randint(1, 60), "w " * chance.randint(1, 100)) for _ in range(chance.choice([1, 9]))
+        ]
+        store.put_history("acme", name, texts)
+    chance.shuffle(people)
+    for name in people[100:]:
+        store.put_history("acme", name, [PastText("changed", "w " * chance.randint(1, 2000))])
+    gone, stay = people[:50], people[50:]
+    for name in gone:
+        assert store.delete("acme", name)
+    store.compact()
+    assert store.people("acme", limit=1000) == sorted(stay)
+    assert store.person("acme", stay[0]).texts[0].input.startswith(stay[0])
+    if url.startswith("sqlite"):
+        content = Path(url.removeprefix("sqlite:///")).read_bytes()
+        assert all(name.encode() in content for name in stay)
+        assert not [name for name in gone if name.encode() in content]
 
 
 def everything(store) -> list[bytes]:

@@ -21,6 +21,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from palate.users.schema import metadata
+
 SCRIPTS = Path(__file__).with_name("migrations")
 VERSION_TABLE = "palate_version"  # not alembic's own name: the database may be another program's too
 WAIT_S = 30.0  # how long a writer waits for others on SQLite
@@ -80,6 +82,25 @@ class Database:
             cursor.execute(f"PRAGMA busy_timeout = {int(WAIT_S * 1000)}")
         finally:
             connection.close()
+
+    def compact(self) -> None:
+        """Rewrite the database's files without what was deleted: for quiet hours, after deletions.
+
+        When SQLite moves rows between pages it may leave copies behind that no deletion finds (measured: of 3 in 700
+        deleted people, in a database with many changes). On SQLite writers wait meanwhile, and the file's size is
+        needed once more on the disk; on PostgreSQL (``VACUUM FULL``) readers wait too, table by table.
+        """
+        if self._sqlite:
+            connection = self.engine.raw_connection()
+            try:
+                connection.cursor().execute("VACUUM")
+            finally:
+                connection.close()
+            self.clean_log()
+            return
+        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as session:
+            for table in metadata.sorted_tables:
+                session.exec_driver_sql(f"VACUUM (FULL, ANALYZE) {table.name}")
 
     def close(self) -> None:
         self.engine.dispose()

@@ -118,10 +118,11 @@ class Store(Database):
     def delete(self, tenant: str, user_id: str) -> bool:
         """Delete everything about a person: history, vectors, feedback, leases. False if there is no such person.
 
-        Nothing of the person stays, not even a hash of the id: what keeps versions apart is one number per tenant.
-        On SQLite deleted content is overwritten with zeros, and the write-ahead log is emptied unless a reader is at
-        work; then a later deletion or checkpoint does it. PostgreSQL hides deleted rows at once and frees their bytes
-        when it vacuums. Backups are the operator's.
+        No row about the person stays, not even a hash of the id: what keeps versions apart is one number per tenant.
+        As to the bytes in the database's files: SQLite overwrites what it deletes with zeros, and the write-ahead log
+        is emptied unless a reader is at work (then by the next deletion); PostgreSQL frees deleted rows when it
+        vacuums. Either may keep copies from when it moved rows, which ``compact`` removes. Backups, and PostgreSQL's
+        own log, are the operator's.
         """
         with self.write() as connection:
             row = connection.execute(_by_id(tenant, user_id).with_for_update()).one_or_none()
@@ -191,6 +192,9 @@ class Store(Database):
         While a lease lives nobody else gets the person for that head, nor does the same owner again. It ends after
         ``seconds``, when a vector is saved, or by ``release``. A fit that fails may leave it to run out, which keeps
         others from trying the same at once. People whom somebody is writing to just now are passed over.
+
+        To find that nobody is left takes a look at everybody (measured: 50 ms in 100,000 people, in both databases),
+        so who asks again and again should wait in proportion to how long the last answer took.
         """
         if limit < 1:
             raise ValueError(f"limit is {limit}; expected at least 1")
