@@ -1,0 +1,246 @@
+"""One replica and several: fits, the registry, what is shared by the database, and load."""
+
+import asyncio
+import random
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+import torch
+
+from palate import artifacts
+from palate.card import stages
+from palate.card.prompts import Retriever, prompt_ids
+from palate.card.runs import open_run
+from palate.models.causal_lm import render_chat
+from palate.serving.http import PERSONALIZATION
+from palate.serving.served_run import Written, chat_prompt, fit_person, load_run
+from palate.users import runs
+from palate.users.keys import create_key
+from palate.users.records import PastText
+from palate.users.store import open_store
+from toy_serving import serving, settings
+
+TEXTS = [{"input": f"Describe thing {n}.", "output": f"Well!!! thing {n} is grand, grand, grand."} for n in range(6)]
+
+
+@pytest.fixture(scope="module")
+def loaded(run_url):
+    return load_run(run_url)
+
+
+def finish(job):
+    """What a generator returns."""
+    while True:
+        try:
+            next(job)
+        except StopIteration as done:
+            return done.value
+
+
+def until(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.02)
+
+
+def client(url: str, key: str = "") -> httpx.Client:
+    return httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=60)
+
+
+def ask(http: httpx.Client, user: str | None = None, **changes) -> httpx.Response:
+    body = {"model": "palate", "messages": [{"role": "user", "content": "Describe it."}], "max_tokens": 8}
+    body |= {"temperature": 0, **({"user": user} if user else {}), **changes}
+    return http.post("/v1/chat/completions", json=body)
+
+
+def test_a_new_persons_fit_is_the_trainings_own(run_url, corpus_url, loaded):
+    """The texts that the run fitted somebody's vector to, given as a new person's, lead to the same vector."""
+    people = stages.read_people(artifacts.open_artifact(corpus_url))
+    fitted = stages.read_vectors(open_run(run_url).fitted)
+    assigned = stages.read_assignment(open_run(run_url).clusters)
+    compared = 0
+    for user in people.histories:
+        kept = people.for_vectors(user, 0.5, 64)
+        personal = finish(fit_person(loaded, [Written(item.input, item.output) for item in kept]))
+        if personal.cluster == assigned[user]:  # half of the texts may look nearer to another cluster
+            compared += 1
+            torch.testing.assert_close(personal.vector_J, fitted[user], atol=2e-3, rtol=2e-3)
+    assert compared >= 4
+
+
+def test_prompts_quote_the_history_only_where_the_run_was_trained_so(loaded):
+    history = [Written(f"about {thing}", f"{thing} is nice") for thing in ("cats", "dogs", "tea")]
+    turns = [("user", "Write about dogs")]
+    assert chat_prompt(loaded, turns, history) == render_chat(loaded.loaded, turns)
+    quoting = loaded.__class__(**{**vars(loaded), "history_k": 1})
+    found = Retriever(loaded.task, [])
+    ids = chat_prompt(quoting, turns, history)
+    assert "dogs is nice" in loaded.loaded.tokenizer.decode(ids)
+    assert "tea is nice" not in loaded.loaded.tokenizer.decode(ids)
+    assert chat_prompt(quoting, turns, ()) == prompt_ids(
+        loaded.loaded, loaded.task, turns[0][1], found.retrieve("", 0), loaded.max_prompt_tokens
+    )
+    longer = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi"), ("user", "Write about dogs")]
+    text = loaded.loaded.tokenizer.decode(chat_prompt(quoting, longer, history))
+    assert text.index("Be brief.") < text.index("Hello") < text.index("dogs is nice") < text.index("Write about dogs")
+
+
+def test_replicas_that_share_a_database_see_one_anothers_people(run_url, tmp_path):
+    config = settings(tmp_path)
+    with serving(config, run_url) as (one, service), serving(config, run_url) as (two, _):
+        key = create_key(service.store, "acme", "tests")
+        here, there = client(one, key), client(two, key)
+        assert ask(there, "ann").headers[PERSONALIZATION] == "population"
+        assert here.put("/v1/users/ann", params={"wait": True}, json={"texts": TEXTS}).status_code == 200
+        until(lambda: ask(there, "ann").headers[PERSONALIZATION] == "personal", 5)
+        assert ask(there, "ann").json()["choices"] == ask(here, "ann").json()["choices"]
+        assert here.delete("/v1/users/ann").status_code == 200
+        until(lambda: ask(there, "ann").headers[PERSONALIZATION] == "population", 5)
+
+
+def test_what_a_dead_replica_had_begun_is_fitted_by_another(run_url, tmp_path):
+    config = settings(tmp_path, require_keys=False)
+    with open_store(config.database) as store:
+        person, _ = store.put_history("default", "bob", [PastText(**one) for one in TEXTS])
+        assert store.claim_stale(open_run(run_url).version, "dead", seconds=2.0) == [person]
+    with serving(config, run_url) as (url, service):
+        until(lambda: service.fitted_version("default", "bob")[1] == person.version)
+        assert ask(client(url), "bob").headers[PERSONALIZATION] == "personal"
+
+
+def test_promotion_refits_everybody_and_drops_no_request(run_url, second_run_url, tmp_path):
+    second = second_run_url.rpartition("/")[2]
+    with serving(settings(tmp_path, require_keys=False), run_url) as (url, service):
+        first = service.live
+        http = client(url)
+        for user in ("ann", "bob", "carl"):
+            http.put(f"/v1/users/{user}", params={"wait": True}, json={"texts": TEXTS})
+        statuses, stop = [], threading.Event()
+
+        def keep_asking() -> None:
+            with client(url) as mine:
+                while not stop.is_set():
+                    answer = ask(mine, "ann")
+                    statuses.append((answer.status_code, answer.headers.get(PERSONALIZATION)))
+
+        asking = threading.Thread(target=keep_asking)
+        asking.start()
+        service.register(second_run_url)
+        until(lambda: second in service.hosted)
+        assert service.live == first  # beside the live one, by its own name
+        assert ask(http, "ann", model=second).status_code == 200
+        runs.start_refit(service.store, second)
+        until(lambda: service.live == second)
+        head = service.hosted[second].run.version
+        assert service.store.stale(head) == 0
+        assert all(service.store.fitted("default", user, head) is not None for user in ("ann", "bob", "carl"))
+        assert {model["id"]: model["live"] for model in http.get("/v1/models").json()["data"]}[second]
+        runs.roll_back(service.store)
+        until(lambda: service.live == first)
+        until(lambda: len(statuses) > 20)
+        stop.set()
+        asking.join()
+    assert set(statuses) == {(200, "personal")}
+
+
+def test_a_run_that_cannot_be_loaded_is_reported_and_the_live_one_goes_on(run_url, second_run_url, tmp_path):
+    moved = tmp_path / "moved"
+    with serving(settings(tmp_path, require_keys=False), run_url) as (url, service):
+        found = open_run(second_run_url)
+        runs.add_run(service.store, "moved", str(moved), found.version, found.model)
+        until(lambda: "moved" in service.failed)
+        with client(url) as http:
+            health = http.get("/healthz").json()
+            assert health["status"] == "ok"
+            assert "no finished artifact" in health["failed"]["moved"]
+            assert ask(http).status_code == 200
+            assert ask(http, model="moved").status_code == 404
+
+
+def test_load_with_cancels_gives_everyone_their_own_answer(run_url, tmp_path):
+    """200 requests of 16 clients, a quarter cancelled: every answer is what its request alone gets."""
+    config = settings(tmp_path, max_waiting=32, max_in_flight=64)
+    with serving(config, run_url) as (url, service):
+        keys = {tenant: create_key(service.store, tenant, "load") for tenant in ("acme", "rival")}
+        people = [(tenant, user) for tenant in keys for user in ("ann", "bob")]  # equal ids, other people
+        for number, (tenant, user) in enumerate(people):
+            texts = [{"input": t["input"], "output": t["output"].replace("grand", f"w{number}")} for t in TEXTS]
+            put = client(url, keys[tenant]).put(f"/v1/users/{user}", params={"wait": True}, json={"texts": texts})
+            assert put.status_code == 200
+
+        def fields(number: int) -> dict:
+            messages = [{"role": "user", "content": f"Describe thing {number % 20}."}]
+            return {
+                "model": "palate",
+                "messages": messages,
+                "user": people[number % 4][1],
+                "max_completion_tokens": 12,
+                "temperature": 0.8,
+                "seed": number % 40,
+            }
+
+        async def everyone(count: int, clients: int, cancel: bool) -> dict[int, str]:
+            draw, answers = random.Random(0), {}
+            tenants = {
+                tenant: openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+                for tenant, key in keys.items()
+            }
+            waiting = iter(range(count))
+
+            async def one_client() -> None:
+                for number in waiting:
+                    openai_client = tenants[people[number % 4][0]]
+                    if cancel and draw.random() < 0.25:
+                        task = asyncio.create_task(openai_client.chat.completions.create(**fields(number)))
+                        await asyncio.sleep(draw.random() * 0.05)
+                        task.cancel()
+                        continue
+                    if number % 2:
+                        stream = await openai_client.chat.completions.create(**fields(number), stream=True)
+                        parts = [chunk.choices[0].delta.content or "" async for chunk in stream]
+                        answers[number] = "".join(parts)
+                    else:
+                        answer = await openai_client.chat.completions.create(**fields(number))
+                        answers[number] = answer.choices[0].message.content
+
+            await asyncio.gather(*(one_client() for _ in range(clients)))
+            return answers
+
+        alone = asyncio.run(everyone(40, 1, cancel=False))
+        together = asyncio.run(everyone(200, 16, cancel=True))
+        assert len(together) > 100
+        assert len({alone[number] for number in range(4)}) > 1
+        assert {number: text for number, text in together.items() if text != alone[number % 40]} == {}
+        worker = service.hosted[service.live].worker
+        until(lambda: worker.engine.idle)
+        assert worker.load.running == worker.load.waiting == 0
+
+
+def test_a_full_queue_answers_503_and_a_greedy_key_429(run_url, tmp_path):
+    config = settings(tmp_path, slots=1, max_waiting=1, max_in_flight=2)
+    with serving(config, run_url) as (url, service):
+        keys = [create_key(service.store, "acme", str(number)) for number in range(4)]
+
+        async def at_once(chosen: list[str]) -> list[httpx.Response]:
+            async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+                body = {"model": "palate", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 60}
+                return await asyncio.gather(
+                    *(
+                        http.post("/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"})
+                        for key in chosen
+                    )
+                )
+
+        greedy = asyncio.run(at_once([keys[0]] * 4))
+        assert sorted(answer.status_code for answer in greedy) == [200, 200, 429, 429]
+        crowded = asyncio.run(at_once(keys))
+        assert sorted(answer.status_code for answer in crowded) == [200, 200, 503, 503]
+        for answer in [*greedy, *crowded]:
+            if answer.status_code in (429, 503):
+                assert int(answer.headers["Retry-After"]) > 0
+                assert answer.json()["error"]["code"] in ("rate_limit_exceeded", "overloaded")
+        assert asyncio.run(at_once(keys[:1]))[0].status_code == 200
