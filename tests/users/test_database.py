@@ -144,6 +144,19 @@ def test_replicas_that_start_at_once_open_one_database(empty_url):
         assert store.count("acme") == 8
 
 
+def test_threads_that_open_databases_of_their_own_at_once_do_not_mix_them_up(tmp_path):
+    start = threading.Barrier(6)
+
+    def program(number):
+        start.wait(timeout=30)
+        with open_store(f"sqlite:///{tmp_path}/{number}.db") as store:
+            store.put_history("acme", f"u{number}", [PastText("a", "b")])
+            return store.people("acme")
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(program, range(6))) == [[f"u{number}"] for number in range(6)]
+
+
 def test_processes_that_start_at_once_open_one_database(empty_url):
     code = "import sys; from palate.users.store import *; s = open_store(sys.argv[1]); "
     code += "print(s.put_history('acme', sys.argv[2], [PastText('a', 'b')])[0].version)"

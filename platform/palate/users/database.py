@@ -6,6 +6,7 @@ one person do, by a lock on the person's row.
 """
 
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ WAIT_S = 30.0  # how long a writer waits for others on SQLite
 
 # Any number that others are unlikely to choose: who holds it upgrades the schema.
 _UPGRADE_LOCK = 7_252_835_283_001
+# Alembic keeps the migration that is under way in global variables, so a process can do one at a time.
+_upgrading = threading.Lock()
 
 
 class NewerDatabase(Exception):
@@ -142,7 +145,7 @@ def upgrade(database: Database) -> None:
     with database.read() as connection:
         if _is_current(connection, script):
             return
-    with database.write() as connection:
+    with _upgrading, database.write() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _UPGRADE_LOCK})
         if not _is_current(connection, script):
