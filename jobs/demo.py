@@ -1,7 +1,23 @@
-"""A small CARD run from nothing to answers in two people's manner, with a report. `make demo` runs it."""
+"""A small CARD run from nothing to answers in two people's manner, with a report, then over HTTP.
 
+`make demo` runs it.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+
+import httpx
+import openai
 
 from palate import config as configs
 from palate import progress
@@ -12,11 +28,16 @@ from palate.card.stages import CardConfig, PromptConfig, pipeline, start_over
 from palate.config import scale
 from palate.corpora.worlds import personas
 from palate.distributed.launch import launch
+from palate.evaluation.cases import Case
 from palate.evaluation.comparison import Comparison, TextConfig
 from palate.evaluation.subject import read_run
 from palate.evaluation.text_report import make_report
 from palate.serving.answers import sample_answers
 from palate.training.guards import TrainingStopped
+from palate.users.keys import create_key
+from palate.users.store import open_store
+
+START_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -35,6 +56,8 @@ class DemoConfig:
     """Passes of the adapters over half of these texts."""
     asked: int = 10
     """People who are asked two questions each in the evaluation."""
+    serve: bool = scale(True)
+    """End with a server and a request for each of two people."""
     fresh: bool = scale(False)
     """Discard what --out holds and begin anew."""
 
@@ -48,9 +71,12 @@ def main() -> None:
             comparison = run(config)
             with progress.stage("evaluate"):
                 report = make_report(comparison)
-    except (ArtifactError, TrainingStopped, ValueError, OSError) as error:
+            show(comparison)
+            if config.serve:
+                with progress.stage("serve"):
+                    ask_a_server(config, comparison)
+    except (ArtifactError, TrainingStopped, ValueError, OSError, openai.OpenAIError, httpx.HTTPError) as error:
         raise SystemExit(f"demo: {error}") from None
-    show(comparison)
     print(f"\nreport: {report.url}/report.md")
 
 
@@ -91,11 +117,15 @@ def run(config: DemoConfig) -> Comparison:
     return Comparison(text, corpus, read_run(card.out, corpus))
 
 
+def two_people(comparison: Comparison) -> list[Case]:
+    """A question of each of two people."""
+    return list({case.question.user_id: case for case in comparison.cases}.values())[:2]
+
+
 def show(comparison: Comparison) -> None:
     """Print what the base model and CARD answer two people, beside what they themselves wrote."""
     answers = {spec.name: comparison.answers(spec)[0] for spec in comparison.specs}
-    shown = list({case.question.user_id: case for case in comparison.cases}.values())[:2]
-    for case in shown:
+    for case in two_people(comparison):
         question = case.question
         print(f"\n{question.user_id} was asked: {question.input}")
         for label, text in (
@@ -104,6 +134,77 @@ def show(comparison: Comparison) -> None:
             ("wrote", case.gold),
         ):
             print(f"  {label:>12}: {' '.join(text.split())}")
+
+
+def ask_a_server(config: DemoConfig, comparison: Comparison) -> None:
+    """Start the server on the run, tell it what two people wrote, and ask their questions with the OpenAI client."""
+    folder = Path(config.out).absolute()
+    database = f"sqlite:///{folder}/palate.db"
+    with open_store(database) as store:
+        key = create_key(store, "demo", "make demo")
+    settings = {"database": database, "run": str(folder / "card"), "slots": 4, "max_length": 512}
+    with server(folder, settings) as url:
+        http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=120)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=key)
+        for case in two_people(comparison):
+            person = case.question.user_id
+            texts = [
+                {"input": item.input, "output": item.output} for item in comparison.items if item.user_id == person
+            ]
+            http.put(f"/v1/users/{person}", params={"wait": True}, json={"texts": texts}).raise_for_status()
+            answer = client.chat.completions.with_raw_response.create(
+                model="palate",
+                user=person,
+                messages=[{"role": "user", "content": case.question.input}],
+                temperature=0,
+                max_completion_tokens=48,
+            )
+            state = answer.headers["x-palate-personalization"]
+            text = answer.parse().choices[0].message.content or ""
+            print(f"\n{url} answered {person} ({state}): {' '.join(text.split())}")
+
+
+@contextmanager
+def server(folder: Path, settings: Mapping[str, object]) -> Iterator[str]:
+    """``serve run`` in a process of its own, until the end of the context; its URL.
+
+    Raises:
+        ValueError: it did not start; its log says why.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    application = {"name": "text", "route_prefix": "/", "import_path": "serve.text:app", "args": settings}
+    content = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
+    (folder / "serve.json").write_text(json.dumps(content, indent=2))  # every JSON is YAML, too
+    log, url = folder / "serve.log", f"http://127.0.0.1:{port}"
+    command = [str(Path(sys.executable).parent / "serve"), "run", str(folder / "serve.json")]
+    root = Path(__file__).resolve().parents[1]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=root, stdout=output, stderr=output, env={**os.environ, "PYTHONPATH": str(root)}
+        )
+    try:
+        started = time.monotonic()
+        while not _healthy(url):
+            if process.poll() is not None or time.monotonic() - started > START_SECONDS:
+                raise ValueError(f"the server did not start within {START_SECONDS} s: see {log}")
+            time.sleep(0.5)
+        print(f"the server answers at {url}", flush=True)
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/healthz", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 if __name__ == "__main__":

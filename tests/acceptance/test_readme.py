@@ -31,7 +31,7 @@ def commands(text: str) -> list[list[str]]:
     found = []
     for _, content in fences(text):
         for line in content.replace("\\\n", " ").splitlines():
-            if re.match(r"python (jobs|tune|benchmarks)/", line.strip()):
+            if re.match(r"python (jobs|serve|tune|benchmarks)/", line.strip()):
                 found.append(shlex.split(line, comments=True))
     return found
 
