@@ -84,6 +84,11 @@ class RunRemove(_Command):
     """Name of the run."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compact(_Command):
+    """Rewrite the database without what was deleted: SQLite may keep copies of rows that it moved. For quiet hours."""
+
+
 Command = (
     Annotated[KeyCreate, subcommand("key-create")]
     | Annotated[KeyList, subcommand("key-list")]
@@ -93,6 +98,7 @@ Command = (
     | Annotated[RunRollBack, subcommand("run-roll-back")]
     | Annotated[RunList, subcommand("run-list")]
     | Annotated[RunRemove, subcommand("run-remove")]
+    | Annotated[Compact, subcommand("compact")]
 )
 
 
@@ -137,6 +143,10 @@ def run_remove(store: Store, command: RunRemove) -> None:
         print(f"{store.drop_head(found.head)} vectors removed")
 
 
+def compact(store: Store, command: Compact) -> None:
+    store.compact()
+
+
 def _show(run: runs.Run) -> None:
     print("  ".join(f"{name}={value}" for name, value in asdict(run).items() if value is not None))
 
@@ -150,6 +160,7 @@ DO: dict[type, Callable[[Store, Any], None]] = {
     RunRollBack: run_roll_back,
     RunList: run_list,
     RunRemove: run_remove,
+    Compact: compact,
 }
 
 

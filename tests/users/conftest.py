@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psycopg
+import pg8000.dbapi
 import pytest
 
 from palate.users.store import Store, open_store
@@ -114,9 +114,9 @@ def postgres_server() -> Iterator[str]:
         end = time.monotonic() + START_S
         while True:
             try:
-                psycopg.connect(host=str(folder), user="palate", dbname="postgres").close()
+                session(folder).close()
                 break
-            except psycopg.OperationalError:
+            except (OSError, pg8000.dbapi.Error):
                 assert server.poll() is None, (folder / "log").read_text()
                 assert time.monotonic() < end, (folder / "log").read_text()
                 time.sleep(0.05)
@@ -129,7 +129,7 @@ def postgres_server() -> Iterator[str]:
 
 
 def postgres_url(folder: str, name: str) -> str:
-    return f"postgresql+psycopg://palate@/{name}?host={folder}"
+    return f"postgresql://palate@/{name}?host={folder}"
 
 
 @pytest.fixture(scope="session")
@@ -141,8 +141,14 @@ def postgres_template(postgres_server) -> str:
 
 
 def admin(folder: str, statement: str) -> None:
-    with psycopg.connect(host=folder, user="palate", dbname="postgres", autocommit=True) as connection:
-        connection.execute(statement)
+    connection = session(folder)
+    connection.autocommit = True
+    connection.cursor().execute(statement)
+    connection.close()
+
+
+def session(folder: str | Path) -> pg8000.dbapi.Connection:
+    return pg8000.dbapi.connect(user="palate", database="postgres", unix_sock=f"{folder}/.s.PGSQL.5432")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

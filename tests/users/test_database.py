@@ -15,7 +15,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import inspect, text
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from palate.users import database, schema
 from palate.users.database import VERSION_TABLE, Database, NewerDatabase, connect
@@ -192,12 +192,13 @@ def test_a_url_of_another_kind_is_refused_without_its_password(url, message):
     assert "hunter2" not in str(error.value)
 
 
-@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+psycopg"])
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+pg8000"])
 def test_postgresql_by_each_of_its_names(scheme):
     engine = connect(f"{scheme}://ann:hunter2@localhost:1/palate?sslmode=require")
-    assert engine.url.drivername == "postgresql+psycopg"
-    assert engine.url.query == {"sslmode": "require"}
+    assert engine.url.drivername == "postgresql+pg8000"
     assert engine.url.password == "hunter2"
+    with pytest.raises(ValueError, match="has sslmode=maybe; expected sslmode=disable"):
+        connect(f"{scheme}://ann:hunter2@localhost:1/palate?sslmode=maybe")
 
 
 def test_a_sqlite_file_in_a_new_folder(tmp_path):
@@ -252,7 +253,7 @@ def test_a_failed_transaction_is_undone(store):
 
 
 def test_foreign_keys_hold_in_both_databases(store):
-    with pytest.raises(IntegrityError), store.write() as connection:
+    with pytest.raises(DBAPIError), store.write() as connection:
         connection.execute(schema.texts.insert().values(person_id=99, position=0, input="", output=""))
 
 
@@ -274,8 +275,8 @@ def test_a_database_that_cannot_be_opened_says_so(tmp_path):
     (tmp_path / "file").write_text("no database, but long enough to be read as the header of one" * 20)
     with pytest.raises(Exception, match="not a database"):
         open_store(f"sqlite:///{tmp_path}/file")
-    with pytest.raises(OperationalError, match="connection"):
-        open_store("postgresql://palate@127.0.0.1:1/palate?connect_timeout=5")
+    with pytest.raises(DBAPIError, match="(?i)connection"):
+        open_store("postgresql://palate@127.0.0.1:1/palate")
 
 
 def test_the_server_does_not_run_as_root(postgres_server):

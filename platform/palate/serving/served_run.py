@@ -130,6 +130,8 @@ def fit_person(run: ServedRun, texts: Sequence[Written]) -> Job[Personal]:
 
     One forward pass of the cluster's model over the texts, a slice of it each time that the generator is asked.
     """
+    if not texts:
+        return run.population
     style_UE = run.embed([[text.output for text in texts]])
     cluster = int(styles.nearest(run.centroids_KE, style_UE)[0])
     yield

@@ -107,6 +107,7 @@ class Service:
         self.failed: dict[str, str] = {}  # runs that could not be loaded, and why
         self._idle_since: dict[str, float] = {}  # of retired runs
         self._stopping = threading.Event()
+        self._people_pause = LOOK_SECONDS
         self._fit_now = threading.Event()
         self._threads = [
             threading.Thread(target=self._repeat, args=(work, wait), name=f"palate-{work.__name__}", daemon=True)
@@ -222,13 +223,17 @@ class Service:
 
     def _tend_people(self) -> None:
         """Fit people whose vector is missing or older than their texts, those of the live run first."""
-        busy = True
+        start, busy = time.perf_counter(), True
         while busy and not self._stopping.is_set():
             busy = False
             for hosted in sorted(self.hosted.values(), key=lambda one: one.name != self.live):
                 for person in self.store.claim_stale(hosted.run.version, self.owner, seconds=LEASE_SECONDS):
                     busy = True
                     self._fit(hosted, person)
+            if not busy:
+                # Looking at a large store takes a while: it may take a twentieth of the time, and no more.
+                self._people_pause = max(LOOK_SECONDS, 20 * (time.perf_counter() - start))
+            start = time.perf_counter()
 
     def _fit(self, hosted: Hosted, person: Person) -> None:
         try:
@@ -253,7 +258,7 @@ class Service:
             wait(LOOK_SECONDS)
 
     def _wait_for_people(self, seconds: float) -> None:
-        self._fit_now.wait(seconds)
+        self._fit_now.wait(max(seconds, self._people_pause))
         self._fit_now.clear()
 
 

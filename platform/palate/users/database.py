@@ -6,6 +6,7 @@ one person do, by a lock on the person's row.
 """
 
 import sqlite3
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -101,9 +102,17 @@ class Database:
                 connection.close()
             self.clean_log()
             return
-        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as session:
+        # Outside of any transaction, also of the one that SQLAlchemy's check of a pooled connection begins.
+        connection = self.engine.raw_connection()
+        driver: Any = connection.driver_connection
+        try:
+            driver.rollback()
+            driver.autocommit = True
             for table in metadata.sorted_tables:
-                session.exec_driver_sql(f"VACUUM (FULL, ANALYZE) {table.name}")
+                driver.cursor().execute(f"VACUUM (FULL, ANALYZE) {table.name}")
+        finally:
+            driver.autocommit = False
+            connection.close()
 
     def close(self) -> None:
         self.engine.dispose()
@@ -121,15 +130,15 @@ def connect(url: str) -> Engine:
     Raises:
         ValueError: the URL is neither of SQLite with a file nor of PostgreSQL.
     """
-    expected = "expected sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
+    expected = "expected sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
     try:
         parsed = make_url(url)
     except ArgumentError:
         # The message leaves the URL out: it may hold a password.
         raise ValueError(f"the user store's URL cannot be read; {expected}") from None
     kind = parsed.get_backend_name()
-    if kind in ("postgresql", "postgres") and parsed.drivername in (kind, f"{kind}+psycopg"):
-        return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+    if kind in ("postgresql", "postgres") and parsed.drivername in (kind, f"{kind}+pg8000"):
+        return _postgresql_engine(parsed)
     if parsed.drivername in ("sqlite", "sqlite+pysqlite"):
         return _sqlite_engine(parsed, expected)
     raise ValueError(f"the user store's URL is {parsed.render_as_string()!r}; {expected}")
@@ -171,6 +180,32 @@ def _config() -> Config:
     config.set_main_option("script_location", str(SCRIPTS).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     return config
+
+
+def _postgresql_engine(url: URL) -> Engine:
+    """By pg8000, with libpq's names for what its URLs usually say: ``host`` (a socket's folder) and ``sslmode``.
+
+    Raises:
+        ValueError: another parameter, or another way to use TLS.
+    """
+    arguments: dict[str, Any] = {}
+    for name, value in url.query.items():
+        if name == "host":
+            arguments["unix_sock"] = f"{value}/.s.PGSQL.{url.port or 5432}"
+        elif name == "sslmode" and value == "disable":
+            arguments["ssl_context"] = False
+        elif name == "sslmode" and value in ("require", "verify-full"):
+            context = ssl.create_default_context()
+            if value == "require":  # encrypted, whoever answers
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            arguments["ssl_context"] = context
+        else:
+            raise ValueError(
+                f"the user store's URL has {name}={value}; expected sslmode=disable, require or verify-full, or "
+                "host=FOLDER of a socket"
+            )
+    plain = url.set(drivername="postgresql+pg8000", query={})
+    return create_engine(plain, pool_pre_ping=True, connect_args=arguments)
 
 
 def _sqlite_engine(url: URL, expected: str) -> Engine:

@@ -30,7 +30,7 @@ from palate.users.schema import feedback, leases, people, tenants, texts, vector
 
 
 def open_store(url: str) -> "Store":
-    """The store at ``sqlite:///FILE`` or ``postgresql+psycopg://...`` (or plain ``postgresql://``), ready for use.
+    """The store at ``sqlite:///FILE`` or ``postgresql://...``, ready for use.
 
     The schema is made or brought up to date first; any number of processes may open the same database at once.
 
