@@ -275,7 +275,7 @@ def test_a_database_that_cannot_be_opened_says_so(tmp_path):
     (tmp_path / "file").write_text("no database, but long enough to be read as the header of one" * 20)
     with pytest.raises(Exception, match="not a database"):
         open_store(f"sqlite:///{tmp_path}/file")
-    with pytest.raises(DBAPIError, match="(?i)connection"):
+    with pytest.raises(DBAPIError, match=r"(?i)connection"):
         open_store("postgresql://palate@127.0.0.1:1/palate")
 
 
