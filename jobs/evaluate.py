@@ -16,7 +16,11 @@ def main() -> None:
         report = make_report(Comparison(config, corpus, read_run(config.run, corpus)))
     except (ArtifactError, ValueError, OSError) as error:
         raise SystemExit(f"evaluate: {error}") from None
-    print(f"{report.url}/report.md: own minus permuted {report.summary}")
+    if report.summary:
+        print("own minus permuted vectors, with 95% intervals:")
+    for name, (value, low, high) in report.summary.items():
+        print(f"  {name.partition('/')[0]:>20}: {value:+.3f} [{low:+.3f}, {high:+.3f}]")
+    print(f"report: {report.url}/report.md")
 
 
 if __name__ == "__main__":

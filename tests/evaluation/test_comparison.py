@@ -117,6 +117,17 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "load_causal_lm", refuse)
 
 
+def test_another_system_is_added_without_redoing_the_others(config, corpus, run, tmp_path) -> None:
+    few = dataclasses.replace(config, out=str(tmp_path / "out"), systems=("base", "cluster"))
+    text_report.make_report(comparison.Comparison(few, corpus, run))
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("[gl]*/*/manifest.json")}
+    assert len(kept) == 4
+    more = dataclasses.replace(few, systems=("base", "cluster", "card"))
+    made = text_report.make_report(comparison.Comparison(more, corpus, run))
+    assert set(made.read_json("report.json")["systems"]) >= {"base", "cluster", "card"}
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+
+
 def test_fresh_begins_anew_and_touches_nothing_of_others(config, corpus, run, report, tmp_path) -> None:
     settings = dataclasses.replace(config, out=str(tmp_path / "out"), systems=("base", "shared"))
     text_report.make_report(comparison.Comparison(settings, corpus, run))

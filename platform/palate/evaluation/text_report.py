@@ -25,7 +25,10 @@ Answers = Mapping[str, list[dict[str, str]]]  # by system, a mapping of question
 
 
 def make_report(comparison: Comparison) -> Artifact:
-    """The report at OUT/report, with everything that it needs made first."""
+    """The report at OUT/report, with everything that it needs made first.
+
+    A report of other systems or settings is replaced: it is made of the artifacts beside it, which are kept.
+    """
     config = comparison.config
     if config.fresh:
         comparison.discard()
@@ -34,13 +37,16 @@ def make_report(comparison: Comparison) -> Artifact:
     def produce(writer: Writer) -> None:
         _write(comparison, writer)
 
-    return artifacts.ensure(
-        artifacts.join(config.out, "report"),
-        produce,
-        kind="text-report",
-        config=config,
-        inputs={"corpus": comparison.corpus, **made},
-    )
+    url, kind = artifacts.join(config.out, "report"), "text-report"
+    inputs = {"corpus": comparison.corpus, **made}
+    replaced = False
+    if artifacts.exists(url):
+        before = artifacts.open_artifact(url, kind)
+        try:
+            artifacts.finished(before.url, kind=kind, config=config, inputs=inputs)
+        except artifacts.ArtifactMismatch:
+            replaced = True
+    return artifacts.ensure(url, produce, kind=kind, config=config, inputs=inputs, fresh=replaced)
 
 
 def _write(comparison: Comparison, writer: Writer) -> None:
