@@ -159,7 +159,8 @@ def one_pass_loss(
 
 
 def refuse_batch_statistics(model: nn.Module) -> None:
-    """
+    """Do nothing if images can be taken one at a time.
+
     Raises:
         ValueError: a layer computes statistics over the batch, naming it: an image's error then depends on the images
             beside it, and no pass over images apart gives the gradient of all together.
@@ -183,7 +184,7 @@ class _Deferred(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
         ctx.backward_pass(gradient)
         return None, None, None
 
@@ -198,7 +199,7 @@ class _Known(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_P,) = ctx.saved_tensors
         parts = (gradient_P * gradient).split([shape.numel() for shape, _ in ctx.like])
         return None, None, *(p.view(shape).to(dtype) for p, (shape, dtype) in zip(parts, ctx.like, strict=True))
@@ -233,7 +234,8 @@ class _Replay:
             yield
 
     def check(self, differences: Tensor) -> None:
-        """
+        """Compare the largest relative differences of the chunks' errors with what a GPU's rounding explains.
+
         Raises:
             RuntimeError: an error is not what it was the first time.
         """

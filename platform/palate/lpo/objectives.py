@@ -91,9 +91,10 @@ def partial_order(edges_BMM: Tensor, mask_BM: Tensor) -> Tensor:
     cyclic_BM = order_BMM.diagonal(dim1=1, dim2=2)
     if cyclic_BM.any():
         row = int(cyclic_BM.any(1).nonzero()[0])
+        places = cyclic_BM[row].nonzero()[:, 0].tolist()
         raise ValueError(
-            f"list {row} of the batch: the comparisons of the images at places {cyclic_BM[row].nonzero()[:, 0].tolist()}"
-            " form a cycle, which no order fits. Break cycles when the lists are built (jobs/prepare.py rankings)"
+            f"list {row} of the batch: the comparisons of the images at places {places} form a cycle, which no order "
+            "fits. Break cycles when the lists are built (jobs/prepare.py rankings)"
         )
     return order_BMM
 
