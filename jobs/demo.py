@@ -180,10 +180,10 @@ def server(folder: Path, settings: Mapping[str, object]) -> Iterator[str]:
     log, url = folder / "serve.log", f"http://127.0.0.1:{port}"
     command = [str(Path(sys.executable).parent / "serve"), "run", str(folder / "serve.json")]
     root = Path(__file__).resolve().parents[1]
+    # Ray gives its workers little of a busy machine unless told otherwise, and Serve's proxy 5 s to start.
+    environment = {"RAY_worker_niceness": "0", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "PYTHONPATH": str(root)}
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, cwd=root, stdout=output, stderr=output, env={**os.environ, "PYTHONPATH": str(root)}
-        )
+        process = subprocess.Popen(command, cwd=root, stdout=output, stderr=output, env={**os.environ, **environment})
     try:
         started = time.monotonic()
         while not _healthy(url):
