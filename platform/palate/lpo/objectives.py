@@ -193,7 +193,10 @@ def _suffix_terms(scores_BM: Tensor, order_BMM: Tensor, weights_BM: Tensor, redu
     # Differences first: they stay exact where scores are large and close, and a term is then the softplus of a
     # log-sum, which keeps its digits also where it is near 0.
     gaps_BMM = scores_BM[:, None, :] - scores_BM[:, :, None]
-    behind_BM = torch.logsumexp(gaps_BMM.masked_fill(~rivals_BMM, -torch.inf), dim=-1)
+    gaps_BMM = gaps_BMM.masked_fill(~rivals_BMM, -torch.inf)
+    # The gradient of logsumexp is as exact as its value, which float32 has to 1e-3 only at 1e4: so once more near 0.
+    about_BM = torch.logsumexp(gaps_BMM, dim=-1).detach()
+    behind_BM = about_BM + torch.logsumexp(gaps_BMM - about_BM[:, :, None], dim=-1)
     weights_BM = torch.where(chooses_BM, weights_BM, 0.0)
     return _reduce(-logsigmoid(-behind_BM), weights_BM, reduction)
 
