@@ -380,6 +380,14 @@ def test_lists_that_order_nothing_have_loss_and_gradient_0(reduction, smoothing)
         assert gradient[3].any()
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_no_nan_arises_on_the_way():
+    scores, mask = draw(3, 4).requires_grad_(), first([0, 1, 4], 4)
+    with torch.autograd.detect_anomaly():
+        plackett_luce_loss(scores, mask, label_smoothing=0.1, reduction="mean_terms").sum().backward()
+    assert scores.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
 def test_no_lists_and_no_places(shape):
     scores = torch.zeros(shape, requires_grad=True)

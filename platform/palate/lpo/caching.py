@@ -83,8 +83,6 @@ def two_pass_loss(
         for chunk in _some(chunks):
             states.append(replay.state())
             parts.append(_parts(errors_of(chunk)))
-    # Autocast keeps copies of weights that were made without a graph, and would use them in a later forward with one.
-    torch.clear_autocast_cache()
     loss, weights_N = _weighted(objective, parts)
     scored = [part[0] for part in parts]
     errors_N = torch.cat(scored)

@@ -187,7 +187,8 @@ def edge_support_weights(support_BMM: Tensor) -> Tensor:
 
 def _suffix_terms(scores_BM: Tensor, order_BMM: Tensor, weights_BM: Tensor, reduction: Reduction) -> Tensor:
     chooses_BM = order_BMM.any(-1)
-    # A row with nobody below has no finite entry and its gradient would be NaN, so its image stands there itself.
+    # A row with nobody below would be all -inf and give NaN, which the end discards but anomaly detection trips over:
+    # there, its image stands itself.
     itself_MM = torch.eye(order_BMM.shape[1], dtype=torch.bool, device=order_BMM.device)
     rivals_BMM = order_BMM | (itself_MM & ~chooses_BM[:, :, None])
     # Differences first: they stay exact where scores are large and close, and a term is then the softplus of a
