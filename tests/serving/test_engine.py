@@ -437,30 +437,47 @@ def test_generate_needs_an_idle_engine(loaded, rows):
     assert engine.generate([]) == []
 
 
-def test_a_row_with_nan_ends_alone_and_leaves_no_trace(head, mixed):
-    loaded = load_causal_lm("tiny")
-    rows = pack_at_random(loaded)
-    broken = torch.full((WIDTH,), float("nan"))
+HUGE = [3e38, 3e38, -3e38, 3e38, 3e38, -3e38]  # finite, and what it makes of the logits is not
+
+
+@pytest.mark.parametrize("values", [[float("nan")] * WIDTH, HUGE], ids=["nan", "overflow"])
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 1.0), (0.7, 0.5), (1e-3, 0.9), (2.0, 0.9)])
+def test_a_row_with_nan_ends_alone(loaded, rows, head, mixed, temperature, top_p, values):
     good = [dataclasses.replace(request, max_new_tokens=12) for request in mixed[:6]]
-    bad = dataclasses.replace(mixed[6], beta=1.0, vector_J=broken)
+    good[1] = dataclasses.replace(good[1], temperature=0.8, top_p=0.9, seed=1)
+    good[3] = dataclasses.replace(good[3], temperature=1.0, seed=2)
+    bad = dataclasses.replace(
+        mixed[6], beta=1.0, vector_J=torch.tensor(values), temperature=temperature, top_p=top_p, top_log_probs=3
+    )
     engine = Engine(loaded, rows, head, slots=3, max_length=128)
     alone = [c.token_ids for c in engine.generate(good)]
-    ids = [engine.submit(request) for request in (good[0], bad, *good[1:])]
+    ids = [engine.submit(request, stream=request is bad) for request in (good[0], bad, *good[1:])]
     completions = {}
     while not engine.idle:
         completions |= {event.id: event.completion for event in engine.step() if event.completion}
-    assert completions.pop(ids[1]).finish_reason == "error"
+    ended = completions.pop(ids[1])
+    assert ended.finish_reason == "error"
+    assert len(ended.token_ids) == 1
+    assert not np.isfinite(ended.log_probs[0])
     assert [completions[id].token_ids for id in (ids[0], *ids[2:])] == alone
     with pytest.raises(RuntimeError, match="NaN or infinite logits for request 1"):
         engine.generate([good[0], bad])
     assert [c.token_ids for c in engine.generate(good)] == alone
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_states_that_are_nan_leave_no_trace(head, mixed, temperature):
+    loaded = load_causal_lm("tiny")
+    rows = pack_at_random(loaded)
+    good = [dataclasses.replace(request, max_new_tokens=12) for request in mixed[:6]]
+    alone = [c.token_ids for c in Engine(loaded, rows, head, slots=3, max_length=128).generate(good)]
     # A model whose states are NaN writes them into its slots, which the next rows there must not notice.
     embedding = loaded.model.get_input_embeddings().weight
     sound = embedding[299].clone()
     for prefill_tokens, length, cancel in [(512, 80, False), (16, 80, False), (16, 60, True)]:
         engine = Engine(loaded, rows, head, slots=3, max_length=128, prefill_tokens=prefill_tokens)
         embedding.data[299] = float("nan")
-        ids = [engine.submit(Request([299] * length, max_new_tokens=20)) for _ in range(3)]
+        ids = [engine.submit(Request([299] * length, max_new_tokens=20, temperature=temperature)) for _ in range(3)]
         for _ in range(3):
             engine.step()
         if cancel:

@@ -58,6 +58,43 @@ def test_tokens_without_probability_are_never_drawn():
     assert sampling.choose(logits, [1.0] * 3, [0.99] * 3, ends).tolist() == [1, 3, 3]
 
 
+BROKEN = {
+    "all NaN": lambda row: row.fill_(torch.nan),
+    "one NaN": lambda row: row.index_fill_(0, torch.tensor([7]), torch.nan),
+    "all inf": lambda row: row.fill_(torch.inf),
+    "one inf": lambda row: row.index_fill_(0, torch.tensor([7]), torch.inf),
+    "all -inf": lambda row: row.fill_(-torch.inf),
+    "inf and NaN": lambda row: row.index_fill_(0, torch.tensor([7]), torch.nan).index_fill_(
+        0, torch.tensor([2]), torch.inf
+    ),
+    "-inf and NaN": lambda row: row.fill_(-torch.inf).index_fill_(0, torch.tensor([7]), torch.nan),
+}
+
+
+@pytest.mark.parametrize("vocabulary", [40, 3000])  # fewer and more tokens than top-p looks at
+@pytest.mark.parametrize("top_p", [1e-6, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 1e-9, 1.0, 2.0])
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_row_that_is_not_finite_gets_a_token_and_changes_no_other_row(kind, temperature, top_p, vocabulary):
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(6, vocabulary, generator=generator)
+    uniforms = torch.rand(6, dtype=torch.float64, generator=generator)
+    uniforms[2] = 1 - 2**-53
+    temperatures, top_ps = [0.0, 1.0, temperature, 0.7, temperature, 1.0], [1.0, 1.0, top_p, 0.9, top_p, 0.3]
+    sound = [0, 1, 3, 5]
+    alone = sampling.choose(
+        logits[sound], [temperatures[row] for row in sound], [top_ps[row] for row in sound], uniforms[sound]
+    )
+    BROKEN[kind](logits[2])
+    BROKEN[kind](logits[4])
+    tokens = sampling.choose(logits, temperatures, top_ps, uniforms)
+    assert torch.equal(tokens[sound], alone)
+    assert 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary
+    # What the engine looks at to end the row.
+    log_probs = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+    assert log_probs.isfinite().tolist() == [True, True, False, True, False, True]
+
+
 def test_rounding_as_between_batches_moves_almost_no_draw():
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(500, 2000, generator=generator)
@@ -87,3 +124,17 @@ def test_draws_with_random_numbers_pass_a_chi_square_test():
     )
     keep = cells[1] > 0
     assert stats.chisquare(cells[0][keep], cells[1][keep]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_rows_that_are_not_finite_get_some_token_and_disturb_nobody(broken, top_p):
+    logits_BV = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    uniforms_B = torch.tensor([0.1, 0.5, 0.9, 0.999], dtype=torch.float64)
+    expected = sampling.choose(logits_BV, [1.0] * 4, [top_p] * 4, uniforms_B)
+    for part in (slice(None), slice(3, 9)):
+        spoiled = logits_BV.clone()
+        spoiled[1, part] = broken
+        found = sampling.choose(spoiled, [1.0] * 4, [top_p] * 4, uniforms_B)
+        assert 0 <= int(found[1]) < 50
+        assert found[[0, 2, 3]].tolist() == expected[[0, 2, 3]].tolist()

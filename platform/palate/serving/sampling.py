@@ -62,4 +62,6 @@ def _inverse(weights_Nk: Tensor, uniforms_N: Tensor) -> Tensor:
     total_N1 = cumulated_Nk[:, -1:].contiguous()
     # right=True steps over weights of 0; the last weight that is not 0 is for a product that rounds up to the total.
     found_N1 = torch.searchsorted(cumulated_Nk, uniforms_N[:, None] * total_N1, right=True)
-    return torch.minimum(found_N1, torch.searchsorted(cumulated_Nk, total_N1)).squeeze(1)
+    found_N1 = torch.minimum(found_N1, torch.searchsorted(cumulated_Nk, total_N1))
+    # Weights that are NaN have no place; any will do, for the log-probability there says that the row is broken.
+    return found_N1.clamp(max=weights_Nk.shape[1] - 1).squeeze(1)
