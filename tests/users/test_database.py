@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -238,6 +239,39 @@ def test_deletion_does_not_wait_for_a_sqlite_reader(tmp_path):
             assert connection.execute(text("SELECT count(*) FROM people")).scalar_one() == 2
         assert store.delete("acme", "bob")
     assert b"Zebras" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_fails_leaves_the_connection_as_it_was(tmp_path):
+    def deny(action, name, *_):
+        refused = action == sqlite3.SQLITE_PRAGMA and name == "wal_checkpoint"
+        return sqlite3.SQLITE_DENY if refused else sqlite3.SQLITE_OK
+
+    with open_store(f"sqlite:///{tmp_path}/palate.db") as store:
+        with store.read() as connection:
+            driver = connection.connection.driver_connection
+        driver.set_authorizer(deny)
+        with pytest.raises(sqlite3.DatabaseError, match="not authorized"):
+            store.clean_log()
+        driver.set_authorizer(None)
+        with store.read() as connection:
+            assert connection.connection.driver_connection is driver  # the pool gives out the same one
+            assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one() == 30_000
+
+
+def test_errors_of_the_database_name_no_parameters(store, caplog):
+    """They end in logs, where nobody's texts belong; one row and many, by SQL and by the store."""
+    secret = "Zebras at quarter past nine"
+    row = {"person_id": 99, "position": 0, "input": secret, "output": secret}
+    for rows in (row, [row, {**row, "position": 1}]):
+        with pytest.raises(DBAPIError) as error, store.write() as connection:
+            connection.execute(schema.texts.insert(), rows)
+        assert "INSERT INTO texts" in str(error.value)
+        assert "Zebras" not in str(error.value) + repr(error.value) + caplog.text
+    with store.write() as connection:
+        connection.execute(text("DROP TABLE texts"))
+    with pytest.raises(DBAPIError) as error:
+        store.put_history("acme", "ann", [PastText(secret, secret)])
+    assert "Zebras" not in str(error.value) + repr(error.value) + caplog.text
 
 
 def test_a_failed_transaction_is_undone(store):

@@ -82,8 +82,10 @@ class Database:
         try:
             cursor = connection.cursor()
             cursor.execute("PRAGMA busy_timeout = 100")
-            cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            cursor.execute(f"PRAGMA busy_timeout = {int(WAIT_S * 1000)}")
+            try:
+                cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            finally:
+                cursor.execute(f"PRAGMA busy_timeout = {int(WAIT_S * 1000)}")
         finally:
             connection.close()
 
@@ -205,14 +207,14 @@ def _postgresql_engine(url: URL) -> Engine:
                 "host=FOLDER of a socket"
             )
     plain = url.set(drivername="postgresql+pg8000", query={})
-    return create_engine(plain, pool_pre_ping=True, connect_args=arguments)
+    return create_engine(plain, pool_pre_ping=True, connect_args=arguments, hide_parameters=True)  # no text in a log
 
 
 def _sqlite_engine(url: URL, expected: str) -> Engine:
     if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
         raise ValueError(f"the user store's URL is {url.render_as_string()!r}, which names no file; {expected}")
     Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": WAIT_S})
+    engine = create_engine(url, connect_args={"timeout": WAIT_S}, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, record: object) -> None:
