@@ -1,15 +1,24 @@
 """What the store holds about people, as values."""
 
 import base64
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AwareDatetime, Base64Bytes, BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    Base64Bytes,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 
 from palate.users.checks import require_id, require_text
 
@@ -80,40 +89,66 @@ def require_vector(fitted: Fitted) -> None:
     raise ValueError(f"the vector for head {fitted.head!r} is {found}; expected (J,) finite numbers, float32")
 
 
+def _storable(value: str) -> str:
+    return require_text(value, "it")
+
+
+def _ordinary(value: datetime) -> datetime:
+    if not 1970 <= value.year <= 2200:
+        raise ValueError(f"the year {value.year} is not between 1970 and 2200")
+    return value
+
+
+def _floats(value: bytes) -> bytes:
+    if not 4 <= len(value) <= 4 * 8192 or len(value) % 4:
+        raise ValueError(f"{len(value)} bytes are not 1 to 8192 numbers of float32")
+    return value
+
+
+LONGEST = 100_000  # characters of a text
+_Any = Annotated[StrictStr, Field(max_length=LONGEST), AfterValidator(_storable)]
+_Written = Annotated[StrictStr, Field(min_length=1, max_length=LONGEST), AfterValidator(_storable)]
+_Date = Annotated[StrictStr, Field(max_length=40), AfterValidator(_storable)]
+_Time = Annotated[AwareDatetime, AfterValidator(_ordinary)]
+_Count = Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
+
+
 class _Values(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid")
 
 
 class _Text(_Values):
-    input: str
-    output: str
-    date: str | None
+    input: _Any
+    output: _Written
+    date: _Date | None = None
 
 
 class _Feedback(_Values):
-    prompt: str
-    answer: str
-    edited: str
-    created: AwareDatetime
+    prompt: _Any
+    answer: _Any
+    edited: _Written
+    created: _Time
 
 
 class _Vector(_Values):
-    head: str
-    version: int
-    cluster: int
-    texts: int
-    vector: Base64Bytes  # of little-endian float32
+    head: Annotated[StrictStr, Field(max_length=128)]
+    version: Annotated[StrictInt, Field(ge=0, le=2**53)]
+    cluster: _Count
+    texts: _Count
+    vector: Annotated[Base64Bytes, AfterValidator(_floats)]  # of little-endian float32
 
 
-class _Exported(_Values):
+class ExportedPerson(_Values):
+    """What ``Store.export`` gives, and all that ``Store.restore`` takes."""
+
     format: Literal[1]
-    user_id: str
-    version: int
-    created: AwareDatetime
-    updated: AwareDatetime
-    texts: list[_Text]
-    feedback: list[_Feedback]
-    vectors: list[_Vector]
+    user_id: StrictStr
+    version: Annotated[StrictInt, Field(ge=0, le=2**53)]
+    created: _Time
+    updated: _Time
+    texts: Annotated[list[_Text], Field(max_length=10_000)]
+    feedback: Annotated[list[_Feedback], Field(max_length=10_000)]
+    vectors: Annotated[list[_Vector], Field(max_length=16)]
 
 
 def to_json(person: Person, feedback: list[Feedback], fits: list[Fitted]) -> dict[str, Any]:
@@ -142,34 +177,23 @@ def to_json(person: Person, feedback: list[Feedback], fits: list[Fitted]) -> dic
     }
 
 
-def from_json(tenant: str, values: Mapping[str, Any]) -> tuple[Person, list[Feedback], list[Fitted]]:
-    """What ``to_json`` was given; the feedback has no ids of its own yet (0).
+def from_json(tenant: str, values: "ExportedPerson | Mapping[str, Any]") -> tuple[Person, list[Feedback]]:
+    """The person and the feedback of an export; the feedback has no ids of its own yet (0).
+
+    Its vectors are left out: they may belong to another head, or to nobody, and are fitted anew soon.
 
     Raises:
         ValueError: something is not as ``to_json`` writes it, by name.
     """
-    try:
-        # By way of JSON, where a strict model takes times and bytes from strings.
-        read = _Exported.model_validate_json(json.dumps(values))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise ValueError(f"an exported person cannot be read: {place}: {first['msg']}") from None
+    if isinstance(values, ExportedPerson):
+        read = values
+    else:
+        try:
+            read = ExportedPerson.model_validate(dict(values))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the whole"
+            raise ValueError(f"an exported person cannot be read: {place}: {first['msg']}") from None
     texts = tuple(PastText(one.input, one.output, one.date) for one in read.texts)
     person = Person(tenant, require_id(read.user_id, "user_id"), read.version, texts, read.created, read.updated)
-    for number, text in enumerate(texts):
-        require_past_text(text, f"texts[{number}]")
-    feedback = [Feedback(0, one.prompt, one.answer, one.edited, one.created) for one in read.feedback]
-    for number, note in enumerate(feedback):
-        for name in ("prompt", "answer", "edited"):
-            require_text(getattr(note, name), f"feedback[{number}].{name}")
-    fits = []
-    for number, one in enumerate(read.vectors):
-        if len(one.vector) % 4 or one.version > read.version:
-            raise ValueError(
-                f"an exported person cannot be read: vectors[{number}] has {len(one.vector)} bytes for version "
-                f"{one.version}; expected float32 for a version up to the history's, {read.version}"
-            )
-        fits.append(Fitted(one.head, one.version, one.cluster, np.frombuffer(one.vector, dtype="<f4"), one.texts))
-        require_vector(fits[-1])
-    return person, feedback, fits
+    return person, [Feedback(0, one.prompt, one.answer, one.edited, one.created) for one in read.feedback]

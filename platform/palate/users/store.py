@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Row, and_, delete, func, insert, or_, select,
 from palate.users.checks import require_id, require_text
 from palate.users.database import Database, connect, upgrade
 from palate.users.records import (
+    ExportedPerson,
     Feedback,
     Fitted,
     PastText,
@@ -218,6 +219,21 @@ class Store(Database):
         with self.write() as connection:
             return _drop_leases(connection, leases.c.owner == owner)
 
+    def release_one(self, tenant: str, user_id: str, head: str, owner: str) -> bool:
+        """End the lease on one person early, so that another may fit them; False if the owner has none."""
+        person = select(people.c.id).where(people.c.tenant == tenant, people.c.user_id == user_id).scalar_subquery()
+        condition = and_(leases.c.person_id == person, leases.c.head == head, leases.c.owner == owner)
+        with self.write() as connection:
+            return _drop_leases(connection, condition) > 0
+
+    def missing(self, head: str, *, known_before: datetime | None = None) -> int:
+        """How many people have no vector at all for a head; those who came after ``known_before`` are not counted."""
+        query = select(func.count()).select_from(_with_vectors(head)).where(vectors.c.version.is_(None))
+        if known_before is not None:
+            query = query.where(people.c.created < known_before)
+        with self.read() as connection:
+            return connection.execute(query).scalar_one()
+
     def stale(self, head: str, tenant: str | None = None) -> int:
         """How many people's vectors for a head are missing or older than the history, leased or not."""
         query = select(func.count()).select_from(_with_vectors(head)).where(_is_stale())
@@ -244,27 +260,23 @@ class Store(Database):
                 _person(connection, row), _feedback(connection, tenant, user_id), [_fitted(one) for one in fits]
             )
 
-    def restore(self, tenant: str, exported: Mapping[str, Any]) -> Person:
+    def restore(self, tenant: str, exported: ExportedPerson | Mapping[str, Any]) -> Person:
         """Put back what ``export`` gave, in this database or another; all that the person has here now is replaced.
 
-        The version is the exported one, or the next above any that this person had here; vectors that were up to
-        date stay so.
+        The version is the next one here, whatever the exported one was, and the vectors are fitted anew.
 
         Raises:
             ValueError: something in ``exported`` is not as ``export`` writes it, by name.
         """
-        person, notes, fits = from_json(tenant, exported)
+        person, notes = from_json(tenant, exported)
         with self.write() as connection:
             row = self._locked_or_new(connection, tenant, person.user_id)
-            version = max(person.version, self._next_version(connection, row))
+            version = self._next_version(connection, row)
             for table in (texts, feedback, vectors, leases):
                 connection.execute(delete(table).where(table.c.person_id == row.id))
             _insert_texts(connection, row.id, person.texts)
             for note in notes:
                 _insert_feedback(connection, row.id, note.prompt, note.answer, note.edited, note.created)
-            for one in fits:
-                moved = replace(one, version=version) if one.version == person.version else one
-                _insert_vector(connection, row.id, moved)
             values = {"version": version, "created": person.created, "updated": person.updated}
             connection.execute(update(people).where(people.c.id == row.id).values(**values))
             return replace(person, version=version)
