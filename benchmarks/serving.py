@@ -70,6 +70,8 @@ class ServingBenchmark:
     """Of the curve."""
     repeats: int = 3
     """Turns that the systems take; ratios are medians over them."""
+    only: tuple[str, ...] = ()
+    """Names of the systems to measure; all when empty."""
 
 
 @dataclass(frozen=True)
@@ -304,6 +306,9 @@ def main() -> None:
         "switching": static_system(people_model, people_loaded, config, 1, switch),
         "switching-grouped": static_system(people_model, people_loaded, config, batch, switch, grouped=True),
     }
+    systems = {name: system for name, system in systems.items() if not config.only or name in config.only}
+    for system in progress.track(list(systems.values()), "warming up"):
+        system(jobs[:1], 0.0)
     results: dict[str, dict[str, list[dict[str, float]]]] = {}
     for _ in progress.track(range(config.repeats), "turns"):
         for mode, gap in (("at once", 0.0), ("staggered", config.gap)):
@@ -322,7 +327,7 @@ def main() -> None:
                 f"| {name} | {middle['tokens_per_second']:.1f} | {share:.2f} | {middle['first_p50']:.2f}, "
                 f"{middle['first_p95']:.2f} | {between} |"
             )
-        for other in ("one-by-one", "peft-batches", "switching", "switching-grouped"):
+        for other in {"one-by-one", "peft-batches", "switching", "switching-grouped"} & found.keys():
             print(f"card over {other}: {ratio(found['card'], found[other]):.2f}")
     curve = []
     for count in progress.track(config.concurrency, "curve"):

@@ -13,6 +13,7 @@ from tyro.conf import subcommand
 from palate import config as configs
 from palate.artifacts import ArtifactError
 from palate.card.runs import open_run
+from palate.serving.service import default_name
 from palate.users import keys, runs
 from palate.users.store import Store, open_store
 
@@ -118,8 +119,7 @@ def key_revoke(store: Store, command: KeyRevoke) -> None:
 
 def run_add(store: Store, command: RunAdd) -> None:
     run = open_run(command.run)
-    name = command.name or command.run.rstrip("/").rpartition("/")[2]
-    _show(runs.add_run(store, name, command.run, run.version, run.model))
+    _show(runs.add_run(store, command.name or default_name(command.run), command.run, run.version, run.model))
 
 
 def run_promote(store: Store, command: RunPromote) -> None:

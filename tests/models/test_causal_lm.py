@@ -1,6 +1,7 @@
 """Loading base models: the built-ins, folders, GGUF; what is wrong with them said in words; prompts and answers."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -201,3 +202,14 @@ def test_a_special_token_that_somebody_typed_stays_text(tiny):
 def test_a_device_that_is_not_here_is_named():
     with pytest.raises(ValueError, match=r"--device cuda: .* finds no CUDA device"):
         causal_lm.load_causal_lm("tiny", device="cuda")
+
+
+def test_threads_that_write_prompts_do_not_disturb_one_another():
+    """Typed spellings of special tokens beside templates, which hold the real ones, from many threads at once."""
+    loaded = causal_lm.load_causal_lm("tiny")
+    turns = [("user", "<|im_end|> and <|im_start|>system " * 40)]
+    expected = causal_lm.render_chat(loaded, turns)
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: causal_lm.render_chat(loaded, turns), range(600)))
+    assert all(ids == expected for ids in found)
+    assert expected.count(loaded.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1

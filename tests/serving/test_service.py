@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import shutil
 import threading
 import time
 
@@ -16,7 +17,7 @@ from palate.card.prompts import Retriever, prompt_ids
 from palate.card.runs import open_run
 from palate.models.causal_lm import render_chat
 from palate.serving.http import PERSONALIZATION
-from palate.serving.served_run import Written, chat_prompt, fit_person, load_run
+from palate.serving.served_run import Written, chat_prompt, fit_person, load_run, prepare_fit
 from palate.users import runs
 from palate.users.keys import create_key
 from palate.users.records import PastText
@@ -65,7 +66,8 @@ def test_a_new_persons_fit_is_the_trainings_own(run_url, corpus_url, loaded):
     compared = 0
     for user in people.histories:
         kept = people.for_vectors(user, 0.5, 64)
-        personal = finish(fit_person(loaded, [Written(item.input, item.output) for item in kept]))
+        texts = [Written(item.input, item.output) for item in kept]
+        personal = finish(fit_person(loaded, prepare_fit(loaded, texts)))
         if personal.cluster == assigned[user]:  # half of the texts may look nearer to another cluster
             compared += 1
             torch.testing.assert_close(personal.vector_J, fitted[user], atol=2e-3, rtol=2e-3)
@@ -147,8 +149,43 @@ def test_promotion_refits_everybody_and_drops_no_request(run_url, second_run_url
     assert set(statuses) == {(200, "personal")}
 
 
-def test_a_run_that_cannot_be_loaded_is_reported_and_the_live_one_goes_on(run_url, second_run_url, tmp_path):
+def test_one_person_who_cannot_be_fitted_holds_up_nobody(run_url, second_run_url, tmp_path, monkeypatch):
+    from palate.serving import service as module
+
+    prepare = module.prepare_fit
+
+    def fails_for_ann(run, texts):
+        if texts[0].output == "cursed":
+            raise RuntimeError("no way")
+        return prepare(run, texts)
+
+    monkeypatch.setattr(module, "prepare_fit", fails_for_ann)
+    with serving(settings(tmp_path, require_keys=False), run_url) as (url, service):
+        http = client(url)
+        cursed = http.put("/v1/users/ann", params={"wait": True}, json={"texts": [{"output": "cursed"}]})
+        assert cursed.json()["status"] == "population"
+        assert ask(http, "ann").headers[PERSONALIZATION] == "population"
+        service.register(second_run_url)
+        runs.start_refit(service.store, second_run_url.rpartition("/")[2])
+        until(lambda: service.live == second_run_url.rpartition("/")[2])
+
+
+def test_a_name_that_is_given_to_another_run_serves_that_run(run_url, second_run_url, tmp_path):
+    with serving(settings(tmp_path, require_keys=False), run_url) as (_, service):
+        first = open_run(run_url)
+        runs.add_run(service.store, "second", run_url, first.version, first.model)
+        until(lambda: "second" in service.hosted)
+        runs.remove_run(service.store, "second")
+        second = open_run(second_run_url)
+        runs.add_run(service.store, "second", second_run_url, second.version, second.model)
+        until(lambda: service.hosted["second"].run.version == second.version)
+
+
+def test_a_run_that_cannot_be_loaded_is_reported_and_the_live_one_goes_on(
+    run_url, second_run_url, tmp_path, monkeypatch
+):
     moved = tmp_path / "moved"
+    monkeypatch.setattr("palate.serving.service.RETRY_SECONDS", 0.3)
     with serving(settings(tmp_path, require_keys=False), run_url) as (url, service):
         found = open_run(second_run_url)
         runs.add_run(service.store, "moved", str(moved), found.version, found.model)
@@ -156,9 +193,15 @@ def test_a_run_that_cannot_be_loaded_is_reported_and_the_live_one_goes_on(run_ur
         with client(url) as http:
             health = http.get("/healthz").json()
             assert health["status"] == "ok"
-            assert "no finished artifact" in health["failed"]["moved"]
+            assert health["failed"] == ["moved"]
             assert ask(http).status_code == 200
             assert ask(http, model="moved").status_code == 404
+            runs.promote(service.store, "moved")
+            until(lambda: http.get("/healthz").json()["wanted"] == "moved")
+            assert http.get("/healthz").json()["live"] == run_url.rpartition("/")[2]
+            assert ask(http).status_code == 200
+            shutil.copytree(second_run_url, moved)  # the storage is back
+            until(lambda: service.live == "moved")
 
 
 def test_load_with_cancels_gives_everyone_their_own_answer(run_url, tmp_path):

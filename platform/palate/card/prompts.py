@@ -195,12 +195,12 @@ def _assemble(task: Task, text: str, quotes: Sequence[str]) -> str:
 
 
 def _count(loaded: LoadedModel, text: str) -> int:
-    return len(loaded.tokenizer(text, add_special_tokens=False).input_ids)
+    return len(loaded.plain_tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def _cut(loaded: LoadedModel, text: str, limit: int) -> str:
     """The beginning of ``text`` that its first ``limit`` tokens cover; never a part of a character."""
     if limit <= 0:
         return ""
-    offsets = loaded.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    offsets = loaded.plain_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     return text if len(offsets) <= limit else text[: offsets[limit][0]]

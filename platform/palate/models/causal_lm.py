@@ -6,6 +6,7 @@ once into a transformers folder in Palate's cache. Two processes may convert at 
 folder, the first to rename it wins, and the other discards its equal copy.
 """
 
+import copy
 import hashlib
 import importlib.metadata
 import shutil
@@ -43,11 +44,14 @@ class LoadedModel:
     """A causal language model in eval mode with its tokenizer.
 
     ``fingerprint`` identifies the weights (see ``fingerprint``), ``eos_ids`` are the tokens that end an answer, the
-    one that training appends first; ``chat`` says whether the tokenizer has a chat template.
+    one that training appends first; ``chat`` says whether the tokenizer has a chat template. ``plain_tokenizer`` is for
+    what people typed: spellings of special tokens stay text. It is an object of its own because asking one tokenizer for
+    both, by an argument of the call, switches it for all threads.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    plain_tokenizer: PreTrainedTokenizerBase
     name: str
     fingerprint: dict[str, Any]
     eos_ids: tuple[int, ...]
@@ -102,9 +106,12 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) 
     eos_ids = tuple(dict.fromkeys(i for i in [tokenizer.eos_token_id, *stated] if i is not None))
     if not eos_ids:
         raise ValueError(f"model {name} names no end token, neither in its tokenizer nor in its generation config")
+    plain = copy.deepcopy(tokenizer)
+    plain.split_special_tokens = True
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,
+        plain_tokenizer=plain,
         name=name,
         fingerprint=fingerprint(model),
         eos_ids=eos_ids,
@@ -155,7 +162,7 @@ def render_prompt(loaded: LoadedModel, text: str) -> list[int]:
     """
     if loaded.chat:
         return render_chat(loaded, [("user", text)])
-    plain = loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    plain = loaded.plain_tokenizer(text, add_special_tokens=False).input_ids
     start = loaded.tokenizer("", add_special_tokens=True).input_ids
     return [*start, *plain, *loaded.tokenizer("\n", add_special_tokens=False).input_ids]
 
@@ -183,13 +190,13 @@ def render_chat(loaded: LoadedModel, turns: Sequence[tuple[str, str]]) -> list[i
         if not found:
             raise ValueError(f"the chat template of {loaded.name} leaves out a {role} turn, or reorders turns")
         ids += loaded.tokenizer(before, add_special_tokens=False).input_ids
-        ids += loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        ids += loaded.plain_tokenizer(text, add_special_tokens=False).input_ids
     return [*ids, *loaded.tokenizer(rest, add_special_tokens=False).input_ids]
 
 
 def answer_ids(loaded: LoadedModel, text: str) -> list[int]:
     """Token ids of an answer and the end token. Spellings of special tokens inside ``text`` stay plain text."""
-    ids = loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    ids = loaded.plain_tokenizer(text, add_special_tokens=False).input_ids
     return [*ids, loaded.eos_ids[0]]
 
 

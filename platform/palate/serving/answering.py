@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -11,15 +11,20 @@ from transformers import PreTrainedTokenizerBase
 
 from palate.serving.engine import Completion, Event, Request
 from palate.serving.text import decode
-from palate.serving.worker import EngineFailed, EngineWorker
+from palate.serving.worker import EngineWorker
 
 Indexed = tuple[int, Event]
+
+
+class NotFinite(Exception):
+    """The model's numbers for this request are not finite, and would not be if it was sent again."""
 
 
 class Answering:
     """Runs the requests together. ``close`` stops what still runs; whoever makes one must close it."""
 
     def __init__(self, worker: EngineWorker, requests: Sequence[Request]) -> None:
+        worker.require_room(len(requests))
         self._arrived: asyncio.Queue[Indexed | BaseException] = asyncio.Queue()
         self._left = len(requests)
         self._tasks = [asyncio.create_task(self._run(worker, index, request)) for index, request in enumerate(requests)]
@@ -28,7 +33,8 @@ class Answering:
         """The next token of any of them; None when all are complete.
 
         Raises:
-            Overloaded, EngineFailed, ValueError: as the worker's ``stream``; EngineFailed too where the model gave NaN.
+            Overloaded, EngineFailed, ValueError: as the worker's ``stream``.
+            NotFinite: the model gave NaN or infinite values.
         """
         if not self._left:
             return None
@@ -39,12 +45,8 @@ class Answering:
         if completion is not None:
             self._left -= 1
             if completion.finish_reason == "error":
-                raise EngineFailed("the model gave NaN or infinite values for this request")
+                raise NotFinite("the model gave NaN or infinite values for this request")
         return item
-
-    async def __aiter__(self) -> AsyncIterator[Indexed]:
-        while (item := await self.next()) is not None:
-            yield item
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -87,15 +89,21 @@ def chat_log_probs(tokenizer: PreTrainedTokenizerBase, events: Sequence[Event]) 
 
 
 def text_log_probs(tokenizer: PreTrainedTokenizerBase, events: Sequence[Event], offset: int = 0) -> dict[str, Any]:
-    """``logprobs`` of a plain completion; ``offset`` is the length of the text before."""
+    """``logprobs`` of a plain completion; ``offset`` is the length of the tokens' texts before.
+
+    The chosen token is among the top ones, as OpenAI has it. Of tokens that look alike the likeliest counts.
+    """
     tokens = [decode(tokenizer, [event.token_id]) for event in events]
     offsets = [offset + sum(map(len, tokens[:place])) for place in range(len(tokens))]
+    tops = []
+    for text, event in zip(tokens, events, strict=True):
+        top = {decode(tokenizer, [token]): log_prob for token, log_prob in reversed(event.top)}
+        top.setdefault(text, event.log_prob)
+        tops.append(top)
     return {
         "tokens": tokens,
         "token_logprobs": [event.log_prob for event in events],
-        "top_logprobs": [
-            {decode(tokenizer, [token]): log_prob for token, log_prob in reversed(event.top)} for event in events
-        ],
+        "top_logprobs": tops,
         "text_offset": offsets,
     }
 

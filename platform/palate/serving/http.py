@@ -21,24 +21,24 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from palate.serving import engine
-from palate.serving.answering import Answering, chat_log_probs, envelope, text_log_probs, usage
+from palate.serving.answering import Answering, NotFinite, chat_log_probs, envelope, text_log_probs, usage
 from palate.serving.engine import BASE, Completion, Event
 from palate.serving.metrics import Metrics
 from palate.serving.schemas import (
     MAX_SEED,
     ChatRequest,
     CompletionRequest,
-    ExportedPerson,
     FeedbackRequest,
     HistoryRequest,
     Unsupported,
 )
-from palate.serving.served_run import chat_prompt
+from palate.serving.served_run import TOKEN_CHARACTERS, chat_prompt
 from palate.serving.service import Hosted, Served, Service
+from palate.serving.text import decode
 from palate.serving.worker import EngineFailed, Overloaded
 from palate.users.checks import require_id
 from palate.users.keys import authenticate
-from palate.users.records import PastText, Person
+from palate.users.records import ExportedPerson, PastText, Person
 
 PERSONALIZATION = "x-palate-personalization"
 WAIT_SECONDS = 300.0  # longest that ?wait=true blocks
@@ -86,6 +86,7 @@ def create_app(service: Service) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
+        redirect_slashes=False,
     )
     app.state.service, app.state.metrics, app.state.in_flight = service, Metrics(service), Counter[str]()
     app.include_router(routes)
@@ -94,6 +95,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(AnyHTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
     app.add_middleware(BoundedBody, most=service.settings.max_body_bytes)
+    app.add_middleware(Authenticated, service=service)
     app.add_middleware(Counted, metrics=app.state.metrics)
     return app
 
@@ -106,16 +108,9 @@ def _service(request: Request) -> Service:
     return request.app.state.service
 
 
-async def _caller(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> Caller:
-    service = _service(request)
-    if not service.settings.require_keys:
-        return Caller("default", "")
-    if given is None:
-        raise _unauthorized("no API key is given: send it as 'Authorization: Bearer KEY'")
-    key = await asyncio.to_thread(authenticate, service.store, given.credentials)
-    if key is None:
-        raise _unauthorized("this API key is not known, or was revoked")
-    return Caller(key.tenant, key.id)
+async def _caller(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> Caller:
+    """Who asks, as ``Authenticated`` found out before the body was read."""
+    return request.state.caller
 
 
 def _unauthorized(message: str) -> ApiError:
@@ -143,6 +138,7 @@ async def chat_completions(body: ChatRequest, request: Request, by: By) -> Respo
     service = _service(request)
     _require_supported(body)
     hosted = _hosted(service, body.model)
+    _require_short(hosted, body)
     turns = body.turns()
     served = await asyncio.to_thread(service.serve, hosted, by.tenant, _user(body.user))
     try:
@@ -161,9 +157,10 @@ async def completions(body: CompletionRequest, request: Request, by: By) -> Resp
     service = _service(request)
     _require_supported(body)
     hosted = _hosted(service, body.model)
+    _require_short(hosted, body)
     served = await asyncio.to_thread(service.serve, hosted, by.tenant, _user(body.user))
-    tokenizer = hosted.run.loaded.tokenizer
-    prompts = [tokenizer(prompt, split_special_tokens=True).input_ids for prompt in body.prompts]
+    tokenizer = hosted.run.loaded.plain_tokenizer
+    prompts = await asyncio.to_thread(lambda: [tokenizer(prompt).input_ids for prompt in body.prompts])
     asked = _requests(service, hosted, served, body, prompts, body.max_tokens, body.logprobs or 0)
     shape = _Text(envelope("text_completion", body.model), hosted, body.logprobs is not None)
     return await _answer(request, by, hosted, asked, shape, body, served, sum(map(len, prompts)))
@@ -191,8 +188,8 @@ async def put_user(user_id: str, body: HistoryRequest, request: Request, by: By,
     service = _service(request)
     user = _require_user(user_id)
     texts = [PastText(text.input, text.output, text.date) for text in body.texts]
-    person, _ = await asyncio.to_thread(service.store.put_history, by.tenant, user, texts)
-    return await _follow(service, by, person, wait)
+    write = partial(service.store.put_history, by.tenant, user, texts)
+    return await _follow(request, by, lambda: write()[0], wait)
 
 
 @routes.post("/v1/feedback", responses={**ERRORS, 202: {"description": "Stored; the vector is being fitted."}})
@@ -201,7 +198,7 @@ async def feedback(body: FeedbackRequest, request: Request, by: By, wait: bool =
     service = _service(request)
     user = _require_user(body.user, "user")
     add = partial(service.store.add_feedback, by.tenant, user, body.prompt, body.answer, body.edited)
-    return await _follow(service, by, await asyncio.to_thread(add), wait)
+    return await _follow(request, by, add, wait)
 
 
 @routes.get("/v1/users", responses=ERRORS)
@@ -221,12 +218,11 @@ async def get_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
     """A person's cluster, number of texts, and the words that their vector promotes and demotes."""
     service = _service(request)
     person = await _person(service, by, user_id)
-    found = _described(service, person, *await asyncio.to_thread(service.fitted_version, by.tenant, person.user_id))
+    found = await _described(service, by, person)
     hosted = service.hosted.get(service.live or "")
-    if hosted is not None:
+    if hosted is not None and found["status"] == "personal":
         fitted = await asyncio.to_thread(service.store.fitted, by.tenant, person.user_id, hosted.run.version)
         if fitted is not None:
-            found["cluster"] = fitted.cluster
             vector_J = torch.from_numpy(fitted.vector_J.copy())
             said = await asyncio.to_thread(hosted.run.promoted_and_demoted, vector_J)
             found["vector"] = None if said is None else asdict(said)
@@ -260,13 +256,15 @@ async def import_user(user_id: str, body: ExportedPerson, request: Request, by: 
     """Put an exported person in the place of what is kept under this id."""
     service = _service(request)
     user = _require_user(user_id)
-    content = {**body.model_dump(), "user_id": user}
-    try:
-        person = await asyncio.to_thread(service.store.restore, by.tenant, content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ApiError(400, f"this is no exported person: {error}") from error
-    service.cache.forget(by.tenant, user)
-    return await _follow(service, by, person, False)
+    content = body.model_copy(update={"user_id": user})
+    return await _follow(request, by, partial(service.store.restore, by.tenant, content), False)
+
+
+@routes.api_route("/v1/users/{rest:path}", methods=["GET", "PUT", "POST", "DELETE", "PATCH"], include_in_schema=False)
+async def no_such_user(rest: str, by: By) -> Response:
+    """What no other route takes: an id with a path in it, or a method that is none."""
+    _require_user(rest)
+    raise ApiError(405, "this method is not for people")
 
 
 @routes.get("/healthz", responses={503: ERRORS[503]})
@@ -274,7 +272,13 @@ async def health(request: Request) -> Response:
     """200 while the replica can answer."""
     service = _service(request)
     state = "ok" if service.healthy and service.ready else "failed" if not service.healthy else "no run is live"
-    content = {"status": state, "live": service.live, "runs": sorted(service.hosted), "failed": service.failed}
+    content = {
+        "status": state,
+        "live": service.live,
+        "wanted": service.wanted,
+        "runs": sorted(service.hosted),
+        "failed": sorted(service.failed),
+    }
     return JSONResponse(content, 200 if state == "ok" else 503)
 
 
@@ -305,7 +309,10 @@ class _Chat:
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def chunk(self, index: int, event: Event, _: int) -> dict[str, Any]:
+    def length(self, event: Event) -> int:
+        return 0  # chat's log-probabilities have no offsets
+
+    def chunk(self, index: int, event: Event, offset: int) -> dict[str, Any]:
         found = chat_log_probs(self.hosted.run.loaded.tokenizer, [event]) if self.log_probs else None
         reason = event.completion.finish_reason if event.completion else None
         delta = {"content": event.text} if event.text else {}
@@ -331,6 +338,9 @@ class _Text:
     def opening(self, index: int) -> dict[str, Any] | None:
         return None
 
+    def length(self, event: Event) -> int:
+        return len(decode(self.hosted.run.loaded.tokenizer, [event.token_id])) if self.log_probs else 0
+
     def chunk(self, index: int, event: Event, offset: int) -> dict[str, Any]:
         found = text_log_probs(self.hosted.run.loaded.tokenizer, [event], offset) if self.log_probs else None
         reason = event.completion.finish_reason if event.completion else None
@@ -341,9 +351,21 @@ def _require_supported(body: ChatRequest | CompletionRequest) -> None:
     try:
         body.require_supported()
         if isinstance(body, ChatRequest):
-            body.turns()
+            body.turns()  # refuses parts that are no text
     except Unsupported as error:
         raise ApiError(400, str(error), param=error.param, code="unsupported_parameter") from error
+
+
+def _require_short(hosted: Hosted, body: ChatRequest | CompletionRequest) -> None:
+    """Refuse what cannot fit whatever its tokens are, before it is made into tokens."""
+    most = hosted.worker.engine.max_length * TOKEN_CHARACTERS
+    if body.characters > most:
+        raise ApiError(
+            400,
+            f"the prompt has {body.characters} characters, and only {hosted.worker.engine.max_length} tokens fit",
+            param="messages" if isinstance(body, ChatRequest) else "prompt",
+            code="context_length_exceeded",
+        )
 
 
 def _hosted(service: Service, name: str) -> Hosted:
@@ -403,7 +425,7 @@ def _requests(
         raise ApiError(400, f"{found}: this server gives at most {settings.max_answers} at a time", param="n")
     if most_tokens is not None and most_tokens > settings.max_new_tokens:
         message = f"{most_tokens} tokens are asked for: this server gives at most {settings.max_new_tokens}"
-        raise ApiError(400, message, param="max_completion_tokens" if isinstance(body, ChatRequest) else "max_tokens")
+        raise ApiError(400, message, param=body.length_field)
     beta = hosted.run.beta if body.personalization.beta is None else body.personalization.beta
     seed = body.seed if body.seed is not None else secrets.randbelow(MAX_SEED)
     made = []
@@ -447,24 +469,17 @@ async def _answer(
     prompt_tokens: int,
 ) -> Response:
     """Start the requests, and answer whole or as a stream once the first token is there."""
-    service, metrics = _service(request), request.app.state.metrics
-    in_flight: Counter[str] = request.app.state.in_flight
-    if in_flight[by.key] + len(asked) > service.settings.max_in_flight:
-        message = f"{in_flight[by.key]} answers for this key are under way, and at most"
-        raise ApiError(
-            429,
-            f"{message} {service.settings.max_in_flight} may be: wait for one to end",
-            code="rate_limit_exceeded",
-            headers={"Retry-After": "1"},
-        )
-    in_flight[by.key] += len(asked)
-    started = time.perf_counter()
-    answering = Answering(hosted.worker, asked)
+    metrics = request.app.state.metrics
+    release = _take_places(request, by, len(asked))
+    started = request.state.started
+    try:
+        answering = Answering(hosted.worker, asked)
+    except Overloaded as error:
+        release()
+        raise _translated(error) from error
 
     async def close() -> None:
-        in_flight[by.key] -= len(asked)
-        if not in_flight[by.key]:
-            del in_flight[by.key]
+        release()
         await answering.close()
 
     try:
@@ -472,18 +487,47 @@ async def _answer(
         metrics.first_token(time.perf_counter() - started)
         headers = {PERSONALIZATION: served.state}
         if body.stream:
-            events = _chunks(answering, first, shape, body, prompt_tokens, len(asked), metrics)
+            events = _chunks(
+                answering, first, shape, body, prompt_tokens, len(asked), partial(metrics.answered, started)
+            )
             return _EventStream(events, close, headers=headers, media_type="text/event-stream")
         found = await _unless_gone(request, _gather(answering, first, len(asked)))
     except BaseException as error:
         await close()
-        raise _translated(error) from error
+        if isinstance(error, Overloaded | EngineFailed | NotFinite | ClientGone | ValueError):
+            raise _translated(error) from error
+        raise
     await close()
     metrics.answered(started, sum(len(events) for events in found))
     endings = [events[-1].completion for events in found]
     choices = [shape.whole(i, events, end) for i, (events, end) in enumerate(zip(found, endings, strict=True)) if end]
     content = {**shape.head, "choices": choices, "usage": usage(prompt_tokens, [end for end in endings if end])}
     return JSONResponse(content, headers=headers)
+
+
+def _take_places(request: Request, by: Caller, count: int) -> Callable[[], None]:
+    """Count requests of a key as under way; the function that ends that.
+
+    Raises:
+        ApiError: the key has as many under way as it may.
+    """
+    in_flight: Counter[str] = request.app.state.in_flight
+    most = _service(request).settings.max_in_flight
+    if in_flight[by.key] + count > most:
+        raise ApiError(
+            429,
+            f"{in_flight[by.key]} requests of this key are under way, and at most {most} may be: wait for one to end",
+            code="rate_limit_exceeded",
+            headers={"Retry-After": "1"},
+        )
+    in_flight[by.key] += count
+
+    def release() -> None:
+        in_flight[by.key] -= count
+        if not in_flight[by.key]:
+            del in_flight[by.key]
+
+    return release
 
 
 async def _gather(answering: Answering, first: tuple[int, Event] | None, count: int) -> list[list[Event]]:
@@ -503,14 +547,14 @@ async def _chunks(
     body: ChatRequest | CompletionRequest,
     prompt_tokens: int,
     count: int,
-    metrics: Metrics,
+    done: Callable[[int], None],
 ) -> AsyncIterator[str]:
     """Server-sent events."""
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     head = shape.chunk_head | ({"usage": None} if with_usage else {})
     completions: list[Completion] = []
-    shown = [0] * count
-    started, item, tokens = time.perf_counter(), first, 0
+    offsets = [0] * count
+    item, tokens = first, 0
     try:
         for index in range(count):
             if (opening := shape.opening(index)) is not None:
@@ -519,17 +563,17 @@ async def _chunks(
             index, event = item
             tokens += 1
             if event.text or event.completion is not None or shape.log_probs:
-                yield _sent({**head, "choices": [shape.chunk(index, event, shown[index])]})
-            shown[index] += len(event.text)
+                yield _sent({**head, "choices": [shape.chunk(index, event, offsets[index])]})
+            offsets[index] += shape.length(event)
             if event.completion is not None:
                 completions.append(event.completion)
             item = await answering.next()
-    except (EngineFailed, Overloaded) as error:  # too late for a status
+    except (EngineFailed, Overloaded, NotFinite) as error:  # too late for a status
         yield _sent(_translated(error).body())
         return
     if with_usage:
         yield _sent({**head, "choices": [], "usage": usage(prompt_tokens, completions)})
-    metrics.answered(started, tokens)
+    done(tokens)
     yield "data: [DONE]\n\n"
 
 
@@ -576,53 +620,75 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _translated(error: BaseException) -> Any:
-    """The API's error for the worker's; what is unknown stays as it is."""
+def _translated(error: Exception) -> ApiError:
+    """The API's error for the engine's."""
     match error:
         case Overloaded():
             return ApiError(503, str(error), code="overloaded", headers={"Retry-After": "2"})
+        case NotFinite():
+            return ApiError(500, str(error), code="not_finite")
         case EngineFailed():
             return ApiError(503, f"{error}: try again", code="engine_failed", headers={"Retry-After": "2"})
         case ClientGone():
             return ApiError(499, "the client has closed the connection")
-        case ValueError():
-            return ApiError(400, str(error))
-    return error
+    return ApiError(400, str(error))
 
 
-async def _follow(service: Service, by: Caller, person: Person, wait: bool) -> Response:
-    """202 with the place where the fit can be followed, or 200 once it is done."""
-    service.fit_soon()
-    location = f"/v1/users/{person.user_id}"
-    deadline = time.monotonic() + WAIT_SECONDS
-    while True:
-        versions = await asyncio.to_thread(service.fitted_version, by.tenant, person.user_id)
-        described = {**_described(service, person, *versions), "status_url": location}
-        if described["status"] == "personal":
-            service.cache.forget(by.tenant, person.user_id)
-            return JSONResponse(described, 200)
-        if not wait or time.monotonic() > deadline:
-            return JSONResponse(described, 202, headers={"Location": location})
-        await asyncio.sleep(0.05)
+async def _follow(request: Request, by: Caller, write: Callable[[], Person], wait: bool) -> Response:
+    """Write a person, and say where their fit can be followed (202), or that it is done (200)."""
+    service = _service(request)
+    release = _take_places(request, by, 1)
+    try:
+        person = await asyncio.to_thread(write)
+        service.cache.forget(by.tenant, person.user_id)
+        service.fit_soon()
+        location = f"/v1/users/{person.user_id}"
+        deadline, pause = time.monotonic() + WAIT_SECONDS, 0.05
+        while True:
+            described = {**await _described(service, by, person), "status_url": location}
+            if described["status"] != "pending":
+                service.cache.forget(by.tenant, person.user_id)
+                return JSONResponse(described, 200)
+            if not wait or time.monotonic() > deadline:
+                return JSONResponse(described, 202, headers={"Location": location})
+            await _unless_gone(request, asyncio.sleep(pause))
+            pause = min(1.0, 1.3 * pause)
+    except ClientGone as error:
+        raise _translated(error) from error
+    finally:
+        release()
 
 
-def _described(service: Service, person: Person, version: int | None, fitted: int | None) -> dict[str, Any]:
-    status = "personal" if fitted is not None and fitted >= person.version else "pending"
-    return {
+async def _described(service: Service, by: Caller, person: Person) -> dict[str, Any]:
+    """A person and how far their fit is.
+
+    Raises:
+        ApiError: they have been deleted meanwhile.
+    """
+    version, fitted_version = await asyncio.to_thread(service.fitted_version, by.tenant, person.user_id)
+    if version is None:
+        raise _no_person(person.user_id)
+    described: dict[str, Any] = {
         "id": person.user_id,
         "object": "user",
-        "status": status,
+        "status": "pending",
         "texts": len(person.texts),
         "version": person.version,
         "model": service.live,
         "created": int(person.created.timestamp()),
         "updated": int(person.updated.timestamp()),
     }
+    hosted = service.hosted.get(service.live or "")
+    if hosted is None or fitted_version is None or fitted_version < person.version:
+        return described
+    fitted = await asyncio.to_thread(service.store.fitted, by.tenant, person.user_id, hosted.run.version)
+    if fitted is not None:
+        described |= {"status": "personal" if fitted.texts else "population", "cluster": fitted.cluster}
+    return described
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
-    hosted = service.find(name)
-    assert hosted is not None
+    hosted = _hosted(service, name)
     return {
         "id": name,
         "object": "model",
@@ -646,9 +712,9 @@ async def _validation_error(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     param = ".".join(part for part in place if not part.startswith(("function-", "constrained-"))) or None
-    what = "the body is no valid JSON" if first["type"] == "json_invalid" else str(first["msg"])
-    message = f"{param}: {what}" if param and first["type"] != "json_invalid" else what
-    return ApiError(400, message, param=param).response()
+    if first["type"] == "json_invalid":
+        return ApiError(400, "the body is no valid JSON").response()
+    return ApiError(400, f"{param}: {first['msg']}" if param else str(first["msg"]), param=param).response()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -690,8 +756,36 @@ class BoundedBody:
         await self._app(scope, bounded, send)
 
 
+class Authenticated:
+    """Finds out who asks for anything under /v1 before the body is read."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+            try:
+                caller = await self._caller(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
+            except ApiError as error:
+                await error.response()(scope, receive, send)
+                return
+            scope.setdefault("state", {})["caller"] = caller
+        await self._app(scope, receive, send)
+
+    async def _caller(self, header: str) -> Caller:
+        if not self._service.settings.require_keys:
+            return Caller("default", "")
+        scheme, _, given = header.partition(" ")
+        if scheme.lower() != "bearer" or not given.strip():
+            raise _unauthorized("no API key is given: send it as 'Authorization: Bearer KEY'")
+        key = await asyncio.to_thread(authenticate, self._service.store, given.strip())
+        if key is None:
+            raise _unauthorized("this API key is not known, or was revoked")
+        return Caller(key.tenant, key.id)
+
+
 class Counted:
-    """Counts answers by route and status."""
+    """Notes when each request came, and counts answers by route and status."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -701,13 +795,21 @@ class Counted:
             await self._app(scope, receive, send)
             return
 
+        scope.setdefault("state", {})["started"] = time.perf_counter()
+
+        def count(status: int) -> None:
+            self._metrics.request(getattr(scope.get("route"), "path", "unknown"), status)
+
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                route = scope.get("route")
-                self._metrics.request(getattr(route, "path", "unknown"), message["status"])
+                count(message["status"])
             await send(message)
 
-        await self._app(scope, receive, counted)
+        try:
+            await self._app(scope, receive, counted)
+        except Exception:  # answered with 500 further out
+            count(500)
+            raise
 
 
 @asynccontextmanager

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 if TYPE_CHECKING:
     from palate.serving.service import Service
@@ -60,3 +60,8 @@ class _Load:
             for hosted in list(self._service.hosted.values()):
                 gauge.add_metric([hosted.name], getattr(hosted.worker.load, name))
             yield gauge
+        counts = self._service.cache.counts()
+        for name in ("hits", "misses"):
+            counter = CounterMetricFamily(f"palate_vector_cache_{name}", f"Lookups of vectors: {name}")
+            counter.add_metric([], getattr(counts, name))
+            yield counter

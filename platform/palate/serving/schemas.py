@@ -4,9 +4,8 @@ Every field that OpenAI documents is implemented or refused with an error that n
 is null counts as absent, and one that asks for nothing (a penalty of 0) is accepted.
 """
 
-import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
@@ -42,14 +41,9 @@ def _encodable(text: str) -> str:
     return text
 
 
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"must be a finite number, found {value}")
-    return value
-
-
 Text = Annotated[StrictStr, AfterValidator(_encodable)]
-Number = Annotated[float, Field(strict=False, allow_inf_nan=False), AfterValidator(_finite)]
+StopText = Annotated[Text, Field(max_length=1000)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 class Unsupported(ValueError):
@@ -119,6 +113,9 @@ class Message(BaseModel):
                     f"messages.{place}.content.{number}.type",
                     f"only parts of type 'text' with a text are supported, found {part.type!r}",
                 )
+            if extra := sorted(part.model_extra or {}):
+                where = f"messages.{place}.content.{number}.{extra[0]}"
+                raise Unsupported(where, f"{extra[0]!r} in a part of a message is not supported: leave it out")
         return "\n".join(part.text or "" for part in self.content)
 
 
@@ -153,7 +150,7 @@ class _Sampled(_Body):
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     n: Annotated[StrictInt, Field(ge=1)] = 1
     seed: Annotated[StrictInt, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=4)] = Field(default_factory=list)
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] = Field(default_factory=list)
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
@@ -193,12 +190,24 @@ class ChatRequest(_Sampled):
 
     def require_supported(self) -> None:
         super().require_supported()
-        if self.response_format is not None and self.response_format.type != "text":
-            raise Unsupported(
-                "response_format", f"response_format {self.response_format.type!r} is not supported: only 'text' is"
-            )
+        if self.response_format is not None and (
+            self.response_format.type != "text" or self.response_format.model_extra
+        ):
+            raise Unsupported("response_format", "only the response_format {'type': 'text'} is supported")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise Unsupported("max_tokens", "'max_tokens' is the old name of 'max_completion_tokens': give one of them")
         if self.top_logprobs is not None and not self.logprobs:
             raise Unsupported("top_logprobs", "'top_logprobs' needs 'logprobs' set to true")
+
+    @property
+    def length_field(self) -> str:
+        """Which field says how long the answer may be."""
+        return "max_tokens" if self.max_tokens is not None else "max_completion_tokens"
+
+    @property
+    def characters(self) -> int:
+        """Length of all texts together."""
+        return sum(len(text) for _, text in self.turns())
 
 
 class CompletionRequest(_Sampled):
@@ -208,9 +217,21 @@ class CompletionRequest(_Sampled):
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = 16  # OpenAI's default
     logprobs: Annotated[StrictInt, Field(ge=0, le=5)] | None = None
 
+    length_field: ClassVar[str] = "max_tokens"
+
     @property
     def prompts(self) -> list[str]:
         return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def characters(self) -> int:
+        """Length of the longest prompt."""
+        return max(map(len, self.prompts))
+
+    def require_supported(self) -> None:
+        super().require_supported()
+        if "" in self.prompts:
+            raise Unsupported("prompt", "a prompt is empty: there is nothing to continue")
 
 
 class PastTextBody(BaseModel):
@@ -237,9 +258,3 @@ class FeedbackRequest(BaseModel):
     prompt: Annotated[Text, Field(max_length=100_000)]
     answer: Annotated[Text, Field(max_length=100_000)] = ""
     edited: Annotated[Text, Field(min_length=1, max_length=100_000)]
-
-
-class ExportedPerson(BaseModel):
-    """``POST /v1/users/{id}/import``: what ``GET /v1/users/{id}/export`` gave."""
-
-    model_config = ConfigDict(extra="allow")

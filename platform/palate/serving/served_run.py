@@ -18,6 +18,8 @@ from palate.corpora.schema import Item, Task
 from palate.models.causal_lm import LoadedModel, answer_ids, check_compatible, load_causal_lm, render_chat
 from palate.serving.worker import Job
 
+TOKEN_CHARACTERS = 64  # more than any token has
+STYLE_TEXTS, STYLE_CHARACTERS = 256, 20_000  # latest texts, and of each so much, that tell a person's style
 SLICE_TOKENS = 192  # of one pass over a person's texts: how long a decode step may have to wait for it
 
 
@@ -125,17 +127,26 @@ def chat_prompt(run: ServedRun, turns: Sequence[tuple[str, str]], history: Seque
     return render_chat(run.loaded, quoting)
 
 
-def fit_person(run: ServedRun, texts: Sequence[Written]) -> Job[Personal]:
-    """The nearest cluster of a person's style, and the exact fit of their vector to their latest texts.
+@dataclass(frozen=True)
+class PreparedFit:
+    """A person's cluster, and their texts in passes of few tokens."""
 
-    One forward pass of the cluster's model over the texts, a slice of it each time that the generator is asked.
+    cluster: int
+    passes: list[list[features.Branches]]
+
+
+def prepare_fit(run: ServedRun, texts: Sequence[Written]) -> PreparedFit:
+    """The nearest cluster of a person's style, and their latest texts as the cluster's model reads them.
+
+    Nothing here is the engine's: it takes as long as the texts are long, and runs on a thread of its own.
     """
-    if not texts:
-        return run.population
-    style_UE = run.embed([[text.output for text in texts]])
-    cluster = int(styles.nearest(run.centroids_KE, style_UE)[0])
-    yield
-    items = _items(texts)
+    # What lies far beyond the longest prompt and answer need not be tokenized to be cut off.
+    kept = [
+        Written(text.input[: run.max_prompt_tokens * TOKEN_CHARACTERS], text.output[:STYLE_CHARACTERS])
+        for text in texts[-STYLE_TEXTS:]
+    ]
+    cluster = int(styles.nearest(run.centroids_KE, run.embed([[text.output for text in kept]]))[0])
+    items = _items(kept)
     retriever = prompts.Retriever(run.task, items) if run.history_k else None
     branches = []
     for item in items[-run.most_texts :]:
@@ -143,13 +154,19 @@ def fit_person(run: ServedRun, texts: Sequence[Written]) -> Job[Personal]:
         prompt = prompts.prompt_ids(run.loaded, run.task, item.input, quoted, run.max_prompt_tokens)
         answer = answer_ids(run.loaded, item.output)[: run.max_answer_tokens]
         branches.append(features.Branches(prompt, (answer,), cluster))
+    return PreparedFit(cluster, _passes(branches))
+
+
+def fit_person(run: ServedRun, prepared: PreparedFit) -> Job[Personal]:
+    """The exact fit of a person's vector: a forward pass over their texts, a slice of it each time it is asked."""
     parts = []
-    for pass_ in _passes(branches):
-        found = features.extract(run.loaded, run.rows, run.head.features, pass_, run.head.top_k)
-        parts.append(found)
+    for texts in prepared.passes:
+        parts.append(features.extract(run.loaded, run.rows, run.head.features, texts, run.head.top_k))
         yield
+    if not parts:
+        return run.population
     fit = fitting.fit_vector(features.concatenate(parts), run.fitting_head, run.prior)
-    return Personal(cluster, fit.vector_J.cpu())
+    return Personal(prepared.cluster, fit.vector_J.cpu())
 
 
 def _passes(branches: Sequence[features.Branches]) -> list[list[features.Branches]]:

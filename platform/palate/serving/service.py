@@ -12,24 +12,25 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from palate.artifacts import ArtifactError
 from palate.card.runs import open_run
 from palate.serving.engine import Engine
-from palate.serving.served_run import Personal, ServedRun, Written, fit_person, load_run
+from palate.serving.served_run import Personal, ServedRun, Written, fit_person, load_run, prepare_fit
 from palate.serving.worker import EngineFailed, EngineWorker
 from palate.users.cache import VectorCache
 from palate.users.records import Fitted, Person
-from palate.users.runs import RunState, add_run, live_run, promote, runs
+from palate.users.runs import Run, RunState, add_run, live_run, promote, runs
 from palate.users.store import Store, open_store
 
 State = Literal["pending", "population", "personal"]
 
 LEASE_SECONDS = 300.0  # a replica that dies in a fit keeps the person for so long
+RETRY_SECONDS = 10.0  # until a run that could not be loaded is tried again
 GRACE_SECONDS = 10.0  # how long a retired run is still served to requests that have just asked for it
 LOOK_SECONDS = 0.5  # how often the database is looked at, by each thread
 
@@ -104,11 +105,13 @@ class Service:
         self.owner = secrets.token_hex(8)
         self.hosted: dict[str, Hosted] = {}
         self.live: str | None = None
-        self.failed: dict[str, str] = {}  # runs that could not be loaded, and why
-        self._idle_since: dict[str, float] = {}  # of retired runs
+        self.wanted: str | None = None  # the registry's live run; another than ours while it cannot be loaded
+        self.failed: dict[str, float] = {}  # runs that could not be loaded, and when to try again
+        self._leaving: list[tuple[Hosted, float]] = []  # retired or replaced, and since when
+        self._refitting: dict[str, datetime] = {}  # since when each run waits for everybody's vector
         self._stopping = threading.Event()
-        self._people_pause = LOOK_SECONDS
         self._fit_now = threading.Event()
+        self._people_pause = LOOK_SECONDS
         self._threads = [
             threading.Thread(target=self._repeat, args=(work, wait), name=f"palate-{work.__name__}", daemon=True)
             for work, wait in ((self.tend_runs, self._stopping.wait), (self._tend_people, self._wait_for_people))
@@ -125,18 +128,18 @@ class Service:
         """End the threads; what still decodes fails with ``EngineFailed``."""
         self._stopping.set()
         self._fit_now.set()
-        for hosted in list(self.hosted.values()):
-            hosted.worker.stop()
-        for thread in self._threads:
+        for thread in self._threads:  # first, lest one of them starts another engine
             if thread.is_alive():
                 thread.join()
+        for hosted in [*self.hosted.values(), *(hosted for hosted, _ in self._leaving)]:
+            hosted.worker.stop()
         self.store.release(self.owner)
         self.store.close()
 
     def register(self, url: str, name: str | None = None) -> str:
         """Put a run into the registry, live where none is; its name, by default the last part of ``url``."""
         run = open_run(url)
-        name = name or url.rstrip("/").rpartition("/")[2]
+        name = name or default_name(url)
         add_run(self.store, name, url, run.version, run.model)
         if live_run(self.store) is None:
             promote(self.store, name)
@@ -152,7 +155,7 @@ class Service:
         return all(hosted.worker.failure is None for hosted in list(self.hosted.values()))
 
     def find(self, model: str) -> Hosted | None:
-        """The run that a request's ``model`` names: its own name, or the alias of the live one."""
+        """The run that a request's ``model`` names: the live one by the alias, or any by its own name."""
         name = self.live if model == self.settings.alias else model
         return self.hosted.get(name) if name is not None else None
 
@@ -166,7 +169,8 @@ class Service:
         if run.history_k and (person := self.store.person(tenant, user_id)) is not None:
             history = written(person)
         if fitted is not None:
-            return Served(Personal(fitted.cluster, torch.from_numpy(fitted.vector_J.copy())), "personal", history)
+            state: State = "personal" if fitted.texts else "population"
+            return Served(Personal(fitted.cluster, torch.from_numpy(fitted.vector_J.copy())), state, history)
         version, _ = self.store.current(tenant, user_id, run.version)
         return Served(run.population, "population" if version is None else "pending", history)
 
@@ -182,28 +186,65 @@ class Service:
     def tend_runs(self) -> None:
         """Load runs that the registry lists, switch to the live one, let go of the retired."""
         listed = {run.name: run for run in runs(self.store)}
-        for name, run in listed.items():
-            if run.state is not RunState.RETIRED and name not in self.hosted and name not in self.failed:
-                try:
-                    self.hosted[name] = self._load(name, run.url)
-                except (ArtifactError, ValueError, OSError) as error:
-                    log.error("run %s cannot be served: %s", name, error)
-                    self.failed[name] = str(error)
-        live = live_run(self.store)
-        if live is not None and live.name in self.hosted:
-            self.live = live.name
         for run in listed.values():
-            if run.state is RunState.REFITTING and run.name in self.hosted and not self.store.stale(run.head):
+            self._host(run)
+        live = live_run(self.store)
+        self.wanted = live.name if live else None
+        if self.wanted in self.hosted:
+            self.live = self.wanted
+        self._promote_refitted(listed)
+        for name in [name for name in self.hosted if name != self.live]:
+            if name not in listed or listed[name].state is RunState.RETIRED:
+                self._leave(name)
+        self._stop_idle()
+
+    def _host(self, run: Run) -> None:
+        """Load a run that the registry lists, unless this very run is there or has just failed."""
+        before = self.hosted.get(run.name)
+        if run.state is RunState.RETIRED or (before is not None and before.run.version == run.head):
+            return
+        if time.monotonic() < self.failed.get(run.name, 0.0):
+            return
+        try:
+            made = self._load(run.name, run.url)
+            if made.run.version != run.head:
+                made.worker.stop()
+                raise ValueError(f"{run.url} is another run than was added: it was trained again. Add it by a new name")
+        except Exception as error:  # of any library: a run that cannot be loaded must not stop what is served
+            log.error("run %s cannot be served, and is tried again in %.0f s: %s", run.name, RETRY_SECONDS, error)
+            self.failed[run.name] = time.monotonic() + RETRY_SECONDS
+            return
+        self.failed.pop(run.name, None)
+        if before is not None:  # the name was given to another run
+            self._leave(run.name)
+        self.hosted[run.name] = made
+
+    def _leave(self, name: str) -> None:
+        self._leaving.append((self.hosted.pop(name), time.monotonic()))
+
+    def _stop_idle(self) -> None:
+        """Stop engines of runs that have left, once nothing runs on them and nothing can be about to."""
+        staying = []
+        for hosted, since in self._leaving:
+            load = hosted.worker.load
+            if load.running or load.waiting or time.monotonic() - since < GRACE_SECONDS:
+                staying.append((hosted, since))
+            else:
+                hosted.worker.stop()
+        self._leaving = staying
+
+    def _promote_refitted(self, listed: dict[str, Run]) -> None:
+        """Make a refitting run live when everybody who was there at its start has a vector for it.
+
+        A vector that is a little out of date will do: people who write all the time would hold up everybody else.
+        """
+        for run in listed.values():
+            if run.state is not RunState.REFITTING or run.name not in self.hosted:
+                self._refitting.pop(run.name, None)
+            elif not self.store.missing(run.head, known_before=self._refitting.setdefault(run.name, datetime.now(UTC))):
                 log.info("everybody is fitted to run %s: it goes live", run.name)
                 promote(self.store, run.name)
-                self.live = run.name
-        for name in [name for name in self.hosted if name != self.live]:
-            gone = name not in listed or listed[name].state is RunState.RETIRED
-            load = self.hosted[name].worker.load
-            if not gone or load.running or load.waiting:
-                self._idle_since.pop(name, None)
-            elif time.monotonic() - self._idle_since.setdefault(name, time.monotonic()) > GRACE_SECONDS:
-                self.hosted.pop(name).worker.stop()
+                self.live = self.wanted = run.name
 
     def _load(self, name: str, url: str) -> Hosted:
         settings, start = self.settings, time.perf_counter()
@@ -223,29 +264,33 @@ class Service:
 
     def _tend_people(self) -> None:
         """Fit people whose vector is missing or older than their texts, those of the live run first."""
-        start, busy = time.perf_counter(), True
+        busy = True
         while busy and not self._stopping.is_set():
-            busy = False
-            for hosted in sorted(self.hosted.values(), key=lambda one: one.name != self.live):
+            start, busy = time.perf_counter(), False
+            for hosted in sorted(self.hosted.copy().values(), key=lambda one: one.name != self.live):
+                if hosted.worker.failure is not None:
+                    continue
                 for person in self.store.claim_stale(hosted.run.version, self.owner, seconds=LEASE_SECONDS):
                     busy = True
                     self._fit(hosted, person)
-            if not busy:
-                # Looking at a large store takes a while: it may take a twentieth of the time, and no more.
-                self._people_pause = max(LOOK_SECONDS, 20 * (time.perf_counter() - start))
-            start = time.perf_counter()
+        # Looking at a large store takes a while: it may take a twentieth of the time, and no more.
+        self._people_pause = max(LOOK_SECONDS, 20 * (time.perf_counter() - start))
 
     def _fit(self, hosted: Hosted, person: Person) -> None:
+        """Fit one person whom this replica has claimed. Somebody whose texts cannot be fitted gets the population's
+        vector, so that nobody waits for them; it says that it is fitted to no text."""
+        run, texts = hosted.run, len(person.texts)
         try:
-            personal = hosted.worker.run_beside(fit_person(hosted.run, written(person))).result()
+            prepared = prepare_fit(run, written(person))
+            personal = hosted.worker.run_beside(fit_person(run, prepared)).result()
         except EngineFailed:
+            self.store.release_one(person.tenant, person.user_id, run.version, self.owner)
             return
         except Exception as error:
-            # Claimed by us until the lease ends, so that the others' fits go on meanwhile.
-            log.exception("the texts of one person cannot be fitted: %s", error)
-            return
+            log.error("the texts of one person cannot be fitted: %s", type(error).__name__)
+            personal, texts = run.population, 0
         vector_J = personal.vector_J.float().numpy()
-        fitted = Fitted(hosted.run.version, person.version, personal.cluster, vector_J, len(person.texts))
+        fitted = Fitted(run.version, person.version, personal.cluster, vector_J, texts)
         self.store.save_fitted(person.tenant, person.user_id, fitted)
         self.cache.forget(person.tenant, person.user_id)
 
@@ -260,6 +305,11 @@ class Service:
     def _wait_for_people(self, seconds: float) -> None:
         self._fit_now.wait(max(seconds, self._people_pause))
         self._fit_now.clear()
+
+
+def default_name(url: str) -> str:
+    """What a run is called where nobody says: the last part of its folder or URL."""
+    return url.rstrip("/").rpartition("/")[2]
 
 
 def written(person: Person) -> tuple[Written, ...]:

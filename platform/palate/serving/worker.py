@@ -60,7 +60,7 @@ class EngineWorker:
         job_share: largest share of the time that jobs take while requests run.
     """
 
-    def __init__(self, engine: Engine, *, max_waiting: int, job_share: float = 0.1) -> None:
+    def __init__(self, engine: Engine, *, max_waiting: int, job_share: float = 0.07) -> None:
         if max_waiting < 0 or not 0 < job_share < 1:
             raise ValueError(
                 f"max_waiting must be at least 0 and job_share between 0 and 1, found {max_waiting} and {job_share}"
@@ -76,7 +76,6 @@ class EngineWorker:
         self._owed = 0.0  # seconds that requests have run since jobs had their share
         self._stopping = False
         self.failure: BaseException | None = None
-        self.tokens = 0  # chosen so far
         self._thread = threading.Thread(target=self._run, name="palate-engine", daemon=True)
         self._thread.start()
 
@@ -85,6 +84,16 @@ class EngineWorker:
         with self._wake:
             running = min(self._active, self.engine.slots)
             return Load(running, self._active - running, len(self._jobs))
+
+    def require_room(self, count: int) -> None:
+        """Refuse ``count`` requests at once, rather than after some of them have begun.
+
+        Raises:
+            Overloaded: they do not all fit.
+        """
+        with self._wake:
+            if self._active + count > self._most:
+                raise Overloaded(f"{self._active} requests run or wait, and {self._most} may: {count} more do not fit")
 
     async def stream(self, request: Request) -> AsyncGenerator[Event, None]:
         """The events of a request; the last one carries its completion. Closing the iterator cancels the request.
@@ -192,7 +201,6 @@ class EngineWorker:
 
     def _step(self) -> None:
         for event in self.engine.step():
-            self.tokens += 1
             one = self._streams[event.id] if event.completion is None else self._streams.pop(event.id)
             one.deliver(event)
 
