@@ -1,5 +1,6 @@
 """People in both databases: versions, vectors, leases, deletion, export."""
 
+import base64
 import itertools
 import json
 import random
@@ -16,6 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from palate.users import schema
 from palate.users.checks import require_id
+from palate.users.records import ExportedPerson
 from palate.users.store import Fitted, PastText, Store, open_store
 
 HEAD = "head-1"
@@ -279,7 +281,9 @@ def test_a_vector_of_another_version_or_of_nobody_is_not_written(store):
     assert store.fitted("acme", "ann", HEAD) is None
 
 
-@pytest.mark.parametrize("vector", [np.zeros((2, 2), np.float32), np.array([1.0, np.nan]), np.array([1, 2])])
+@pytest.mark.parametrize(
+    "vector", [np.zeros((2, 2), np.float32), np.array([1.0, np.nan]), np.array([1, 2]), np.array([1e300])]
+)
 def test_what_is_no_vector_is_refused(store, vector):
     store.put_history("acme", "ann", [LETTER])
     with pytest.raises(ValueError, match=r"the vector for head 'head-1' is .*expected \(J,\) finite"):
@@ -493,6 +497,35 @@ def test_one_lease_ends_early_and_missing_vectors_are_counted(store):
     assert store.missing(HEAD, known_before=datetime(2000, 1, 1, tzinfo=UTC)) == 0
 
 
+def test_one_lease_of_several_ends(store):
+    for tenant, name in itertools.product(("acme", "other"), ("ann", "bob")):
+        store.put_history(tenant, name, [LETTER])
+    for head in (HEAD, "head-2"):
+        assert len(store.claim_stale(head, "one", seconds=60, limit=9)) == 4
+    assert not store.release_one("acme", "cat", HEAD, "one")
+    assert not store.release_one("nobody", "ann", HEAD, "one")
+    assert store.release_one("acme", "ann", HEAD, "one")
+    assert not store.release_one("acme", "ann", HEAD, "one")
+    claimed = store.claim_stale(HEAD, "two", seconds=60, limit=9)
+    assert [(person.tenant, person.user_id) for person in claimed] == [("acme", "ann")]
+    assert store.claim_stale("head-2", "two", seconds=60, limit=9) == []
+    assert store.release("one") == 7
+
+
+def test_missing_counts_by_head_and_by_when_people_came(store):
+    assert store.missing(HEAD) == 0
+    ann, _ = store.put_history("acme", "ann", [LETTER])
+    bob, _ = store.put_history("other", "bob", [LETTER])
+    store.save_fitted("acme", "ann", fit(1))
+    assert (store.missing(HEAD), store.missing("head-2")) == (1, 2)
+    store.put_history("other", "bob", [NOTE])  # a later change makes nobody new
+    assert store.missing("head-2", known_before=bob.created + timedelta(microseconds=1)) == 2
+    assert store.missing("head-2", known_before=bob.created) == 1
+    assert store.missing("head-2", known_before=ann.created) == 0
+    assert store.drop_head(HEAD) == 1
+    assert store.missing(HEAD) == 2
+
+
 def test_errors_of_the_database_hold_no_text(store):
     with pytest.raises(DBAPIError) as error, store.write() as connection:
         connection.execute(insert(schema.texts).values(person_id=99, position=0, input="my secret diary", output="x"))
@@ -540,6 +573,72 @@ def test_restoring_replaces_and_takes_a_version_that_was_never_used_here(store):
     assert store.put_history("acme", "ann", [])[0].version == 8
 
 
+VECTOR = {"head": "h", "version": 1, "cluster": 0, "texts": 1, "vector": "AACAPw=="}
+NOTED = {"prompt": "p", "answer": "a", "edited": "e", "created": "2024-01-01T00:00:00Z"}
+
+
+def test_the_largest_and_smallest_values_that_an_import_may_hold(store):
+    vectors = [{**VECTOR, "head": f"h{number}"} for number in range(15)]
+    longest = base64.b64encode(np.full(8192, -3e38, "<f4").tobytes()).decode()
+    exported = {
+        "format": 1,
+        "user_id": "a" * 128,
+        "version": 2**53,
+        "created": "1970-01-01T14:00:00+14:00",
+        "updated": "2200-12-31T11:59:59.999999-12:00",
+        "texts": [{"input": "é" * 100_000, "output": "🎈" * 100_000, "date": "d" * 40}, {"input": "", "output": "x"}],
+        "feedback": [{**NOTED, "created": "2200-12-31T23:59:59Z"}, {**NOTED, "prompt": "", "answer": ""}],
+        "vectors": [*vectors, {**VECTOR, "vector": longest, "version": 2**53, "cluster": 2**31 - 1}],
+    }
+    person = store.restore("acme", ExportedPerson.model_validate(exported))
+    assert person == store.person("acme", "a" * 128)
+    assert person.version == 1
+    assert [len(one.output) for one in person.texts] == [100_000, 1]
+    assert person.updated == datetime(2200, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
+    assert person.created == datetime(1970, 1, 1, tzinfo=UTC)
+    assert store.feedback("acme", "a" * 128)[0].created.year == 2200
+    assert store.current("acme", "a" * 128, "h") == (1, None)
+    again = store.restore("acme", store.export("acme", "a" * 128))
+    assert again.version == 2
+    assert store.delete("acme", "a" * 128)
+    assert store.put_history("acme", "bob", [NOTE])[0].version == 3  # no imported number is in the tenant's floor
+
+
+def test_an_import_ends_leases_and_a_fit_of_before_it_is_not_saved(store):
+    person, _ = store.put_history("acme", "ann", [LETTER])
+    exported = store.export("acme", "ann")
+    store.claim_stale(HEAD, "one", seconds=60)
+    assert store.restore("acme", exported).version == 2
+    assert not store.save_fitted("acme", "ann", fit(person.version))
+    assert [one.version for one in store.claim_stale(HEAD, "two", seconds=60)] == [2]
+
+
+def test_the_document_of_an_import_says_its_bounds():
+    schema = ExportedPerson.model_json_schema()
+    lists = {name: schema["properties"][name] for name in ("texts", "feedback", "vectors")}
+    assert {name: one["maxItems"] for name, one in lists.items()} == {
+        "texts": 10_000,
+        "feedback": 10_000,
+        "vectors": 16,
+    }
+    assert lists["texts"]["minItems"] == 1
+    found = {}
+    for part in [schema, *schema["$defs"].values()]:
+        assert part["additionalProperties"] is False
+        for name, one in part["properties"].items():
+            one = one["anyOf"][0] if "anyOf" in one else one
+            if one.get("type") == "string" and one.get("format") != "date-time":
+                assert "pattern" in one
+                found[name] = (one.get("minLength", 0), one["maxLength"])
+            if one.get("type") == "integer" and name != "format":
+                assert {"minimum", "maximum"} <= set(one)
+    text, written, id = (0, 100_000), (1, 100_000), (1, 128)
+    assert found == {
+        "input": text, "output": written, "date": (0, 40), "prompt": text, "answer": text, "edited": written,
+        "user_id": id, "head": id, "vector": (8, 43_692),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -555,8 +654,34 @@ def test_restoring_replaces_and_takes_a_version_that_was_never_used_here(store):
         ({"texts": [{"input": "a" * 100_001, "output": "b"}]}, r"texts\.0\.input"),
         ({"version": 2**70}, "version"),
         ({"created": "0001-01-01T00:00:00+14:00"}, "created"),
-        ({"vectors": [{"head": "h", "version": 1, "cluster": 0, "texts": 1, "vector": "AAA="}]}, r"vectors\.0"),
-        ({"vectors": [{"head": "h", "version": 1, "cluster": 2**70, "texts": 1, "vector": "AAAAAA=="}]}, r"vectors\.0"),
+        ({"texts": []}, "texts: List should have at least 1"),
+        ({"texts": [{"input": "", "output": "b"}] * 10_001}, "texts: List should have at most 10000"),
+        ({"texts": [{"input": "", "output": "b", "date": "1" * 41}]}, r"texts\.0\.date"),
+        ({"feedback": [NOTED] * 10_001}, "feedback: List should have at most 10000"),
+        ({"feedback": [{**NOTED, "edited": ""}]}, r"feedback\.0\.edited"),
+        ({"feedback": [{**NOTED, "answer": "a\0"}]}, r"feedback\.0\.answer.*U\+0000 at position 1"),
+        ({"feedback": [{**NOTED, "created": "2201-01-01T00:00:00Z"}]}, r"feedback\.0\.created.*2201"),
+        ({"feedback": [{**NOTED, "id": 1}]}, r"feedback\.0\.id"),
+        ({"version": 0}, "version"),
+        ({"version": 2**53 + 1}, "version"),
+        ({"version": True}, "version"),
+        ({"updated": "9999-12-31T23:59:59-14:00"}, "updated"),
+        ({"updated": "2200-12-31T12:00:00-12:00"}, "updated"),
+        ({"updated": "1970-01-01T00:00:00+00:01"}, "updated"),
+        ({"updated": 1_700_000_000}, "updated"),
+        ({"updated": "1700000000"}, "updated"),
+        ({"user_id": ".."}, "user_id"),
+        ({"vectors": [{**VECTOR, "vector": "AAA="}]}, r"vectors\.0\.vector"),
+        ({"vectors": [{**VECTOR, "vector": ""}]}, r"vectors\.0\.vector"),
+        ({"vectors": [{**VECTOR, "vector": "AACAP!AA"}]}, r"vectors\.0\.vector.*base64"),
+        ({"vectors": [{**VECTOR, "vector": "AADAfw=="}]}, r"vectors\.0\.vector.*not finite"),
+        ({"vectors": [{**VECTOR, "vector": "AACAfw=="}]}, r"vectors\.0\.vector.*not finite"),
+        ({"vectors": [{**VECTOR, "vector": base64.b64encode(bytes(4 * 8193)).decode()}]}, r"vectors\.0\.vector"),
+        ({"vectors": [{**VECTOR, "cluster": 2**31}]}, r"vectors\.0\.cluster"),
+        ({"vectors": [{**VECTOR, "version": 0}]}, r"vectors\.0\.version"),
+        ({"vectors": [{**VECTOR, "head": "a/b"}]}, r"vectors\.0\.head"),
+        ({"vectors": [VECTOR, VECTOR]}, "vectors.*'h' has more than one vector"),
+        ({"vectors": [{**VECTOR, "head": f"h{n}"} for n in range(17)]}, "vectors: List should have at most 16"),
     ],
 )
 def test_what_was_not_exported_is_refused_by_name(store, change, message):

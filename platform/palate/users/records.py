@@ -3,7 +3,7 @@
 import base64
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 from pydantic import (
     AfterValidator,
     AwareDatetime,
-    Base64Bytes,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
-    StrictInt,
-    StrictStr,
     ValidationError,
 )
 
@@ -83,8 +81,9 @@ def require_vector(fitted: Fitted) -> None:
     vector_J = np.asarray(fitted.vector_J)
     found = f"{vector_J.dtype} of shape {vector_J.shape}"
     if vector_J.ndim == 1 and vector_J.dtype.kind == "f":
-        if np.isfinite(vector_J).all():
-            return
+        with np.errstate(over="ignore"):
+            if np.isfinite(vector_J.astype(np.float32)).all():  # as it is stored
+                return
         found += " with numbers that are not finite"
     raise ValueError(f"the vector for head {fitted.head!r} is {found}; expected (J,) finite numbers, float32")
 
@@ -93,28 +92,74 @@ def _storable(value: str) -> str:
     return require_text(value, "it")
 
 
+def _from_iso(value: object) -> object:
+    # Pydantic would take numbers for times too.
+    return datetime.fromisoformat(value) if isinstance(value, str) else value
+
+
 def _ordinary(value: datetime) -> datetime:
-    if not 1970 <= value.year <= 2200:
-        raise ValueError(f"the year {value.year} is not between 1970 and 2200")
+    # Compared, not converted: what is next to the first or last year that there is has no equal in UTC.
+    if not datetime(1970, 1, 1, tzinfo=UTC) <= value < datetime(2201, 1, 1, tzinfo=UTC):
+        raise ValueError(f"{value.isoformat()} is not in the years 1970 to 2200 of UTC")
     return value
 
 
-def _floats(value: bytes) -> bytes:
-    if not 4 <= len(value) <= 4 * 8192 or len(value) % 4:
-        raise ValueError(f"{len(value)} bytes are not 1 to 8192 numbers of float32")
+def _id(value: str) -> str:
+    return require_id(value, "it")
+
+
+def _floats(value: str) -> str:
+    content = base64.b64decode(value, validate=True)
+    if not 4 <= len(content) <= 4 * MOST_NUMBERS or len(content) % 4:
+        raise ValueError(f"{len(content)} bytes are not 1 to {MOST_NUMBERS} numbers of float32")
+    if not np.isfinite(np.frombuffer(content, dtype="<f4")).all():
+        raise ValueError("it holds numbers that are not finite")
     return value
+
+
+def _one_a_head(values: list["_Vector"]) -> list["_Vector"]:
+    heads = [one.head for one in values]
+    if twice := next((head for head in heads if heads.count(head) > 1), None):
+        raise ValueError(f"head {twice!r} has more than one vector")
+    return values
 
 
 LONGEST = 100_000  # characters of a text
-_Any = Annotated[StrictStr, Field(max_length=LONGEST), AfterValidator(_storable)]
-_Written = Annotated[StrictStr, Field(min_length=1, max_length=LONGEST), AfterValidator(_storable)]
-_Date = Annotated[StrictStr, Field(max_length=40), AfterValidator(_storable)]
-_Time = Annotated[AwareDatetime, AfterValidator(_ordinary)]
-_Count = Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
+MOST_NUMBERS = 8192  # in a vector
+# The patterns say in the OpenAPI document what the validators check with a better message.
+_STORABLE = {"pattern": r"^[^\u0000]*$"}
+_Any = Annotated[str, Field(max_length=LONGEST, json_schema_extra=_STORABLE), AfterValidator(_storable)]
+_Written = Annotated[
+    str, Field(min_length=1, max_length=LONGEST, json_schema_extra=_STORABLE), AfterValidator(_storable)
+]
+_Date = Annotated[str, Field(max_length=40, json_schema_extra=_STORABLE), AfterValidator(_storable)]
+_Time = Annotated[
+    AwareDatetime,
+    Field(description="In ISO 8601 with its offset, in the years 1970 to 2200 of UTC."),
+    BeforeValidator(_from_iso),
+    AfterValidator(_ordinary),
+]
+_ID = Annotated[
+    str,
+    Field(min_length=1, max_length=128, json_schema_extra={"pattern": "^[A-Za-z0-9._:@-]+$"}),
+    AfterValidator(_id),
+]
+_Version = Annotated[int, Field(ge=1, le=2**53)]
+_Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+_Floats = Annotated[
+    str,
+    Field(
+        min_length=8,
+        max_length=(4 * MOST_NUMBERS + 2) // 3 * 4,
+        description="Base64 of finite little-endian float32.",
+        json_schema_extra={"pattern": "^[A-Za-z0-9+/]+={0,2}$"},
+    ),
+    AfterValidator(_floats),
+]
 
 
 class _Values(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class _Text(_Values):
@@ -131,24 +176,24 @@ class _Feedback(_Values):
 
 
 class _Vector(_Values):
-    head: Annotated[StrictStr, Field(max_length=128)]
-    version: Annotated[StrictInt, Field(ge=0, le=2**53)]
+    head: _ID
+    version: _Version
     cluster: _Count
     texts: _Count
-    vector: Annotated[Base64Bytes, AfterValidator(_floats)]  # of little-endian float32
+    vector: _Floats
 
 
 class ExportedPerson(_Values):
     """What ``Store.export`` gives, and all that ``Store.restore`` takes."""
 
     format: Literal[1]
-    user_id: StrictStr
-    version: Annotated[StrictInt, Field(ge=0, le=2**53)]
+    user_id: _ID
+    version: _Version
     created: _Time
     updated: _Time
-    texts: Annotated[list[_Text], Field(max_length=10_000)]
+    texts: Annotated[list[_Text], Field(min_length=1, max_length=10_000)]
     feedback: Annotated[list[_Feedback], Field(max_length=10_000)]
-    vectors: Annotated[list[_Vector], Field(max_length=16)]
+    vectors: Annotated[list[_Vector], Field(max_length=16), AfterValidator(_one_a_head)]
 
 
 def to_json(person: Person, feedback: list[Feedback], fits: list[Fitted]) -> dict[str, Any]:
@@ -177,7 +222,7 @@ def to_json(person: Person, feedback: list[Feedback], fits: list[Fitted]) -> dic
     }
 
 
-def from_json(tenant: str, values: "ExportedPerson | Mapping[str, Any]") -> tuple[Person, list[Feedback]]:
+def from_json(tenant: str, values: ExportedPerson | Mapping[str, Any]) -> tuple[Person, list[Feedback]]:
     """The person and the feedback of an export; the feedback has no ids of its own yet (0).
 
     Its vectors are left out: they may belong to another head, or to nobody, and are fitted anew soon.
@@ -195,5 +240,5 @@ def from_json(tenant: str, values: "ExportedPerson | Mapping[str, Any]") -> tupl
             place = ".".join(str(part) for part in first["loc"]) or "the whole"
             raise ValueError(f"an exported person cannot be read: {place}: {first['msg']}") from None
     texts = tuple(PastText(one.input, one.output, one.date) for one in read.texts)
-    person = Person(tenant, require_id(read.user_id, "user_id"), read.version, texts, read.created, read.updated)
+    person = Person(tenant, read.user_id, read.version, texts, read.created, read.updated)
     return person, [Feedback(0, one.prompt, one.answer, one.edited, one.created) for one in read.feedback]
