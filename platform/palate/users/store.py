@@ -191,8 +191,9 @@ class Store(Database):
         """People whose vector for ``head`` is missing or older than their history, leased to ``owner``.
 
         While a lease lives nobody else gets the person for that head, nor does the same owner again. It ends after
-        ``seconds``, when a vector is saved, or by ``release`` or ``release_one``. A fit that fails may leave it to run out, which keeps
-        others from trying the same at once. People whom somebody is writing to just now are passed over.
+        ``seconds``, when a vector is saved, or by ``release`` or ``release_one``. A fit that fails may leave it to run
+        out, which keeps others from trying the same at once. People whom somebody is writing to just now are passed
+        over.
 
         To find that nobody is left takes a look at everybody (measured: 50 ms in 100,000 people, in both databases),
         so who asks again and again should wait in proportion to how long the last answer took.
