@@ -14,6 +14,7 @@ not a stream is shown to its reader when it is complete, so its first token come
     switching-grouped  the same with a person's requests in one batch
 """
 
+import asyncio
 import dataclasses
 import json
 import statistics
@@ -236,39 +237,41 @@ def random_head(loaded: LoadedModel, width: int = 64) -> Head:
 def beside(
     config: ServingBenchmark, loaded: LoadedModel, rows: adapters.RowMask, jobs: Sequence[Job]
 ) -> dict[str, float]:
-    """Tokens a second of running streams alone, and while a new person's texts go through the model beside them."""
-    import asyncio
+    """Which share of their rate running streams keep while a new person's texts go through the model beside them.
+
+    Both parts are of one run, so that a machine whose speed changes changes both: the rest of the time is theirs.
+    """
+    spent = [0.0]
 
     def passes() -> Any:
         ids = torch.tensor([jobs[0].prompt_ids + jobs[1].prompt_ids], device=loaded.device)
         while True:
+            start = time.perf_counter()
             with torch.no_grad():
                 rows.set(torch.zeros(1, dtype=torch.long))
                 loaded.model(input_ids=ids)
+            spent[0] += time.perf_counter() - start
             yield
 
-    async def rate(worker: EngineWorker, count: int) -> float:
-        start, tokens = time.perf_counter(), 0
+    async def streams(worker: EngineWorker) -> tuple[float, float]:
+        """Seconds until all have ended, and seconds of the job within."""
 
         async def one(job: Job) -> None:
-            nonlocal tokens
             request = Request(job.prompt_ids, adapter=job.person % config.clusters, max_new_tokens=config.tokens)
             async for _ in worker.stream(request):
-                tokens += 1
+                pass
 
-        await asyncio.gather(*(one(job) for job in jobs[:count]))
-        return tokens / (time.perf_counter() - start)
+        running = [asyncio.create_task(one(job)) for job in jobs[:8]]
+        await asyncio.sleep(0)
+        start = time.perf_counter()
+        worker.run_beside(passes())
+        await asyncio.gather(*running)
+        return time.perf_counter() - start, spent[0]
 
-    found: dict[str, list[float]] = {"alone": [], "beside": []}
-    for _ in range(config.repeats):
-        for name in found:
-            worker = EngineWorker(Engine(loaded, rows, slots=8, max_length=256 + config.tokens), max_waiting=8)
-            if name == "beside":
-                worker.run_beside(passes())
-            found[name].append(asyncio.run(rate(worker, 8)))
-            worker.stop()
-    kept = statistics.median(b / a for a, b in zip(found["alone"], found["beside"], strict=True))
-    return {name: statistics.median(values) for name, values in found.items()} | {"kept": kept}
+    worker = EngineWorker(Engine(loaded, rows, slots=8, max_length=256 + config.tokens), max_waiting=8)
+    seconds, job_seconds = asyncio.run(streams(worker))
+    worker.stop()
+    return {"seconds": seconds, "job_seconds": job_seconds, "kept": 1 - job_seconds / seconds}
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ import json
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -548,13 +547,14 @@ def test_an_exported_person_is_json_and_comes_back_in_another_database(store, tm
     exported = json.loads(json.dumps(store.export("acme", "ann")))
     with open_store(f"sqlite:///{tmp_path}/other.db") as other:
         restored = other.restore("acme", exported)
-        assert restored == replace(person, version=1)
+        assert (restored.version, restored.texts) == (1, person.texts)
         assert other.person("acme", "ann") == restored
         assert [(f.prompt, f.answer, f.edited) for f in other.feedback("acme", "ann")] == [("p", "a", "e")]
         assert other.feedback("acme", "ann")[0].created == store.feedback("acme", "ann")[0].created
         assert other.current("acme", "ann", HEAD) == (1, None)  # vectors may be another head's: they are fitted anew
         assert [person.user_id for person in other.claim_stale(HEAD, "one", seconds=60)] == ["ann"]
-        assert other.export("acme", "ann") == {**exported, "version": 1, "vectors": []}
+        again = other.export("acme", "ann")
+        assert (again["texts"], again["feedback"]) == (exported["texts"], exported["feedback"])
     assert store.export("acme", "bob") is None
 
 
@@ -567,7 +567,8 @@ def test_restoring_replaces_and_takes_a_version_that_was_never_used_here(store):
     restored = store.restore("acme", exported)
     assert (restored.version, restored.texts) == (6, person.texts)
     assert len(store.feedback("acme", "ann")) == 1
-    assert store.current("acme", "ann", HEAD) == (6, None)
+    assert store.current("acme", "ann", HEAD) == (6, 2)  # served until the new fit, as after any change
+    assert store.missing(HEAD) == 0
     store.delete("acme", "ann")
     assert store.restore("acme", {**exported, "version": 2**53}).version == 7  # nobody's number raises the tenant's
     assert store.put_history("acme", "ann", [])[0].version == 8
@@ -594,8 +595,7 @@ def test_the_largest_and_smallest_values_that_an_import_may_hold(store):
     assert person == store.person("acme", "a" * 128)
     assert person.version == 1
     assert [len(one.output) for one in person.texts] == [100_000, 1]
-    assert person.updated == datetime(2200, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
-    assert person.created == datetime(1970, 1, 1, tzinfo=UTC)
+    assert person.created.year < 2200  # when this store first knew them
     assert store.feedback("acme", "a" * 128)[0].created.year == 2200
     assert store.current("acme", "a" * 128, "h") == (1, None)
     again = store.restore("acme", store.export("acme", "a" * 128))

@@ -45,8 +45,8 @@ class LoadedModel:
 
     ``fingerprint`` identifies the weights (see ``fingerprint``), ``eos_ids`` are the tokens that end an answer, the
     one that training appends first; ``chat`` says whether the tokenizer has a chat template. ``plain_tokenizer`` is for
-    what people typed: spellings of special tokens stay text. It is an object of its own because asking one tokenizer for
-    both, by an argument of the call, switches it for all threads.
+    what people typed: spellings of special tokens stay text. It is an object of its own, because asking one tokenizer
+    for both, by an argument of the call, switches it for all threads.
     """
 
     model: PreTrainedModel

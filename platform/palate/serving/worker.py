@@ -60,7 +60,7 @@ class EngineWorker:
         job_share: largest share of the time that jobs take while requests run.
     """
 
-    def __init__(self, engine: Engine, *, max_waiting: int, job_share: float = 0.07) -> None:
+    def __init__(self, engine: Engine, *, max_waiting: int, job_share: float = 0.04) -> None:
         if max_waiting < 0 or not 0 < job_share < 1:
             raise ValueError(
                 f"max_waiting must be at least 0 and job_share between 0 and 1, found {max_waiting} and {job_share}"

@@ -7,7 +7,7 @@ called from any thread, and waits for the database: an event loop calls it throu
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -262,9 +262,10 @@ class Store(Database):
             )
 
     def restore(self, tenant: str, exported: ExportedPerson | Mapping[str, Any]) -> Person:
-        """Put back what ``export`` gave, in this database or another; all that the person has here now is replaced.
+        """Put back the texts and feedback that ``export`` gave, in this database or another, in place of those here.
 
-        The version is the next one here, whatever the exported one was, and the vectors are fitted anew.
+        Version and times are this store's own, whatever the exported ones were, and the vectors are fitted anew: no
+        import can hold up anybody else.
 
         Raises:
             ValueError: something in ``exported`` is not as ``export`` writes it, by name.
@@ -272,15 +273,12 @@ class Store(Database):
         person, notes = from_json(tenant, exported)
         with self.write() as connection:
             row = self._locked_or_new(connection, tenant, person.user_id)
-            version = self._next_version(connection, row)
-            for table in (texts, feedback, vectors, leases):
+            for table in (texts, feedback):
                 connection.execute(delete(table).where(table.c.person_id == row.id))
             _insert_texts(connection, row.id, person.texts)
             for note in notes:
                 _insert_feedback(connection, row.id, note.prompt, note.answer, note.edited, note.created)
-            values = {"version": version, "created": person.created, "updated": person.updated}
-            connection.execute(update(people).where(people.c.id == row.id).values(**values))
-            return replace(person, version=version)
+            return self._changed(connection, row)
 
     def _locked_or_new(self, connection: Connection, tenant: str, user_id: str) -> Row[Any]:
         """The person's row, locked until the transaction ends; a new one has version 0, which nobody else sees."""
