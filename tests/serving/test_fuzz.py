@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
@@ -10,6 +11,7 @@ from schemathesis.generation import GenerationMode
 MODES = [GenerationMode.POSITIVE, GenerationMode.NEGATIVE]
 
 
+@pytest.mark.slow
 def test_no_request_makes_the_server_fail(server, key):
     schema = schemathesis.openapi.from_url(f"{server[0]}/openapi.json")
     seen: dict[str, set[int]] = {}
