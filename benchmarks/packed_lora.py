@@ -1,6 +1,6 @@
 """What packed LoRA adds to a decode step: bare base, packed, and PEFT's ``adapter_names``, side by side.
 
-    python benchmarks/packed_lora.py --out packed_lora.json
+    python benchmarks/packed_lora.py
 
 One decode step of ``--batch`` rows with ``--context`` tokens before it, adapters spread over the rows, all linear
 layers adapted, on the engine's slot cache. The variants take turns, a step each, and a ratio is the median over the
@@ -44,7 +44,7 @@ class Config:
     counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     ranks: tuple[int, ...] = (8, 16)
     peft_counts: tuple[int, ...] = (1, 4, 16)
-    out: Path = Path("packed_lora.json")
+    out: Path = Path("benchmarks/out/packed_lora.json")
 
 
 Step = Callable[[], Any]
@@ -170,6 +170,7 @@ def main(config: Config) -> None:
             f"| {point['gathered']:.2f} | {point['used']} |"
         )
     settings = {**vars(config), "out": str(config.out), "torch": torch.__version__}
+    config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(json.dumps({"config": settings, "with_peft": headline, "curve": curve}, indent=2) + "\n")
 
 

@@ -1,6 +1,6 @@
 """Fitting user vectors from cached features: Palate's solver beside the obvious ones, in one run.
 
-    python benchmarks/user_fit.py --out user_fit.json
+    python benchmarks/user_fit.py
 
 Each of ``--users`` people has ``--texts`` texts of ``--positions`` tokens. Features and candidates are drawn, not
 computed by a model: rank-frequency logits whose entropies range from near 0 to about 5 nats a token, a random tied
@@ -54,7 +54,7 @@ class Config:
     seed: int = 0
     model: str | None = None
     prompt_tokens: int = 64
-    out: Path = Path("user_fit.json")
+    out: Path = Path("benchmarks/out/user_fit.json")
 
 
 def make_head(config: Config) -> Head:
@@ -260,6 +260,7 @@ if __name__ == "__main__":
     result = measure(config)
     if config.model:
         result["end_to_end"] = end_to_end(config, config.model)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))
     print(

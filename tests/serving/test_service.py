@@ -16,8 +16,9 @@ from palate.card import stages
 from palate.card.prompts import Retriever, prompt_ids
 from palate.card.runs import open_run
 from palate.models.causal_lm import render_chat
+from palate.serving.engine import Engine, Request
 from palate.serving.http import PERSONALIZATION
-from palate.serving.served_run import Written, chat_prompt, fit_person, load_run, prepare_fit
+from palate.serving.served_run import ServedRun, Written, chat_prompt, fit_person, load_run, prepare_fit
 from palate.users import runs
 from palate.users.keys import create_key
 from palate.users.records import PastText
@@ -56,6 +57,14 @@ def ask(http: httpx.Client, user: str | None = None, **changes) -> httpx.Respons
     body = {"model": "palate", "messages": [{"role": "user", "content": "Describe it."}], "max_tokens": 8}
     body |= {"temperature": 0, **({"user": user} if user else {}), **changes}
     return http.post("/v1/chat/completions", json=body)
+
+
+def answer_of(run: ServedRun) -> str:
+    """What ``ask`` gets from a run for nobody in particular, by the engine alone."""
+    prompt = render_chat(run.loaded, [("user", "Describe it.")])
+    personal = run.population
+    request = Request(prompt, personal.cluster, personal.vector_J, run.beta, max_new_tokens=8)
+    return Engine(run.loaded, run.rows, run.head, slots=1, max_length=400).generate([request])[0].text
 
 
 def test_a_new_persons_fit_is_the_trainings_own(run_url, corpus_url, loaded):
@@ -171,14 +180,18 @@ def test_one_person_who_cannot_be_fitted_holds_up_nobody(run_url, second_run_url
 
 
 def test_a_name_that_is_given_to_another_run_serves_that_run(run_url, second_run_url, tmp_path):
-    with serving(settings(tmp_path, require_keys=False), run_url) as (_, service):
+    expected = [answer_of(load_run(run)) for run in (run_url, second_run_url)]
+    assert expected[0] != expected[1]
+    with serving(settings(tmp_path, require_keys=False), run_url) as (url, service):
         first = open_run(run_url)
         runs.add_run(service.store, "second", run_url, first.version, first.model)
         until(lambda: "second" in service.hosted)
+        assert ask(client(url), model="second").json()["choices"][0]["message"]["content"] == expected[0]
         runs.remove_run(service.store, "second")
         second = open_run(second_run_url)
         runs.add_run(service.store, "second", second_run_url, second.version, second.model)
         until(lambda: service.hosted["second"].run.version == second.version)
+        assert ask(client(url), model="second").json()["choices"][0]["message"]["content"] == expected[1]
 
 
 def test_a_run_that_cannot_be_loaded_is_reported_and_the_live_one_goes_on(

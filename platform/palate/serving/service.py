@@ -206,6 +206,8 @@ class Service:
         if time.monotonic() < self.failed.get(run.name, 0.0):
             return
         try:
+            if run.name == self.settings.alias:
+                raise ValueError("its name is the alias of whatever run is live: add it by another name")
             made = self._load(run.name, run.url)
             if made.run.version != run.head:
                 made.worker.stop()
