@@ -59,7 +59,7 @@ class ContrastConfig:
 
 
 class Sampler(Protocol):
-    """Draws one answer a prompt from the adapter of each; ``palate.serving.engine.sample_answers`` does it."""
+    """Draws one answer a prompt from the adapter of each; ``palate.serving.answers.sample_answers`` does it."""
 
     def __call__(
         self,
