@@ -286,6 +286,7 @@ def main() -> None:
         )
         for number in range(config.requests)
     ]
+    plain = load_causal_lm(config.model, device=config.device)  # the engine exchanges base's linear layers
     head = random_head(base)
     all_linear, all_rows = packed(config, adapters.ALL_LINEAR)
     attention, attention_rows = packed(config, adapters.ATTENTION)
@@ -304,7 +305,7 @@ def main() -> None:
         "base": engine_system(endless(base), None, None, config, batch),
         "card": engine_system(all_linear, all_rows, head, config, batch),
         "card-qv": engine_system(attention, attention_rows, head, config, batch),
-        "one-by-one": static_system(base.model, base, config, 1, lambda chosen: {}),
+        "one-by-one": static_system(plain.model, plain, config, 1, lambda chosen: {}),
         "peft-batches": static_system(clusters_model, clusters_loaded, config, batch, names),
         "switching": static_system(people_model, people_loaded, config, 1, switch),
         "switching-grouped": static_system(people_model, people_loaded, config, batch, switch, grouped=True),

@@ -22,6 +22,7 @@ from palate.card.adapters import BASE, RowMask
 from palate.card.correction import Head, correct
 from palate.models.causal_lm import LoadedModel
 from palate.serving.cache import SlotCache
+from palate.serving.linear import favour_few_rows
 from palate.serving.sampling import choose
 from palate.serving.text import TextStream, decode
 
@@ -130,6 +131,7 @@ class Engine:
         self._loaded, self._rows, self._head = loaded, rows, head
         self._model, self._device = loaded.model, loaded.device
         self._config = loaded.model.config.get_text_config()
+        favour_few_rows(self._model)
         self._cache = SlotCache(self._config, slots, max_length, loaded.model.dtype, self._device)
         self._slots, self._max_length, self._prefill_tokens = slots, max_length, prefill_tokens
         self._ids = count()
