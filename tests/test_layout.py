@@ -103,7 +103,12 @@ def test_nothing_reads_or_writes_python_objects_as_bytes(path):
 
 def test_every_library_that_is_imported_is_declared():
     """What only happens to be there because another dependency needs it, can leave with that dependency."""
-    called = {"sklearn": "scikit-learn", "rouge_score": "rouge-score", "prometheus_client": "prometheus-client"}
+    called = {
+        "sklearn": "scikit-learn",
+        "rouge_score": "rouge-score",
+        "prometheus_client": "prometheus-client",
+        "PIL": "pillow",
+    }
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     declared = {re.split(r"[\[<>=~! ]", line)[0] for line in lines} | {"palate"}
