@@ -257,6 +257,16 @@ def test_the_life_of_a_person(server, http):
     assert put(http, "fay")["status"] == "personal"  # the tenant goes on
 
 
+def test_feedback_to_a_full_history_is_refused_by_name(http, monkeypatch):
+    put(http, "gwen")
+    monkeypatch.setattr("palate.users.store.MOST_TEXTS", len(TEXTS))
+    edited = {"user": "gwen", "prompt": "Describe it.", "answer": "dull", "edited": "Grand!!!"}
+    refused = http.post("/v1/feedback", json=edited)
+    assert refused.status_code == 400
+    assert "the most that are kept" in refused.json()["error"]["message"]
+    assert http.get("/v1/users/gwen").json()["texts"] == len(TEXTS)
+
+
 @pytest.mark.parametrize("user", ["..%2F..%2Fetc", "a%2Fb", "a/b/c", "a b", "x" * 129, "%2E%2E", "%00", "ü"])
 def test_ids_with_a_path_in_them_are_refused(http, user):
     for method in ("GET", "PUT", "DELETE"):

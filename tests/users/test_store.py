@@ -15,7 +15,7 @@ from sqlalchemy import MetaData, insert, select
 from sqlalchemy.exc import DBAPIError
 
 from palate.users import schema
-from palate.users.checks import require_id
+from palate.users.checks import MOST_TEXTS, require_id
 from palate.users.records import ExportedPerson
 from palate.users.store import Fitted, PastText, Store, open_store
 
@@ -214,6 +214,15 @@ def test_ids_are_listed_page_by_page_in_the_order_of_code_points(store):
 
 
 # Feedback
+
+
+def test_a_full_history_takes_no_feedback_so_that_it_can_be_exported_and_imported(store):
+    store.put_history("acme", "ann", [PastText("", str(number)) for number in range(MOST_TEXTS)])
+    before = store.person("acme", "ann")
+    with pytest.raises(ValueError, match="has 10000 texts, the most"):
+        store.add_feedback("acme", "ann", "p", "a", "e")
+    assert store.person("acme", "ann") == before
+    assert store.feedback("acme", "ann") == []
 
 
 def test_feedback_is_kept_and_becomes_the_latest_text(store):
@@ -643,6 +652,7 @@ def test_the_document_of_an_import_says_its_bounds():
     ("change", "message"),
     [
         ({"format": 2}, "format"),
+        ({"format": True}, "format"),
         ({"texts": [{"input": "a"}]}, r"texts\.0"),
         ({"extra": 1}, "extra"),
         ({"version": "2"}, "version"),

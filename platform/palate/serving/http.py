@@ -6,8 +6,8 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -136,10 +136,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 async def chat_completions(body: ChatRequest, request: Request, by: By) -> Response:
     """An answer in the person's manner; ``user`` names the person."""
     service = _service(request)
-    _require_supported(body)
+    with _refusing():
+        body.require_supported()
+        turns = body.turns()  # refuses parts that are no text
     hosted = _hosted(service, body.model)
     _require_short(hosted, body)
-    turns = body.turns()
     served = await asyncio.to_thread(service.serve, hosted, by.tenant, _user(body.user))
     try:
         prompt = await asyncio.to_thread(chat_prompt, hosted.run, turns, served.history)
@@ -155,7 +156,8 @@ async def chat_completions(body: ChatRequest, request: Request, by: By) -> Respo
 async def completions(body: CompletionRequest, request: Request, by: By) -> Response:
     """The plain continuation of a prompt, without a chat template."""
     service = _service(request)
-    _require_supported(body)
+    with _refusing():
+        body.require_supported()
     hosted = _hosted(service, body.model)
     _require_short(hosted, body)
     served = await asyncio.to_thread(service.serve, hosted, by.tenant, _user(body.user))
@@ -347,11 +349,10 @@ class _Text:
         return {"index": index, "text": event.text, "logprobs": found, "finish_reason": reason}
 
 
-def _require_supported(body: ChatRequest | CompletionRequest) -> None:
+@contextmanager
+def _refusing() -> Iterator[None]:
     try:
-        body.require_supported()
-        if isinstance(body, ChatRequest):
-            body.turns()  # refuses parts that are no text
+        yield
     except Unsupported as error:
         raise ApiError(400, str(error), param=error.param, code="unsupported_parameter") from error
 
@@ -639,7 +640,10 @@ async def _follow(request: Request, by: Caller, write: Callable[[], Person], wai
     service = _service(request)
     release = _take_places(request, by, 1)
     try:
-        person = await asyncio.to_thread(write)
+        try:
+            person = await asyncio.to_thread(write)
+        except ValueError as error:  # what the body's checks let through, such as a history that is full
+            raise ApiError(400, str(error)) from error
         service.cache.forget(by.tenant, person.user_id)
         service.fit_soon()
         location = f"/v1/users/{person.user_id}"

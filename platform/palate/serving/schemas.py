@@ -9,6 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
+from palate.users.checks import MOST_TEXTS
+
 # Fields that are not implemented, with the values that ask for nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
@@ -247,7 +249,7 @@ class HistoryRequest(BaseModel):
     """``PUT /v1/users/{id}``: the person's texts, oldest first."""
 
     model_config = ConfigDict(extra="forbid")
-    texts: Annotated[list[PastTextBody], Field(min_length=1, max_length=10_000)]
+    texts: Annotated[list[PastTextBody], Field(min_length=1, max_length=MOST_TEXTS)]
 
 
 class FeedbackRequest(BaseModel):

@@ -2,6 +2,7 @@
 
 import re
 
+MOST_TEXTS = 10_000  # of a person; as many answers that they edited
 _ID = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
 
 

@@ -4,7 +4,7 @@ import base64
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from pydantic import (
     ValidationError,
 )
 
-from palate.users.checks import require_id, require_text
+from palate.users.checks import MOST_TEXTS, require_id, require_text
 
 
 @dataclass(frozen=True)
@@ -186,13 +186,13 @@ class _Vector(_Values):
 class ExportedPerson(_Values):
     """What ``Store.export`` gives, and all that ``Store.restore`` takes."""
 
-    format: Literal[1]
+    format: Annotated[int, Field(strict=True, ge=1, le=1)]  # a literal would take true for 1
     user_id: _ID
     version: _Version
     created: _Time
     updated: _Time
-    texts: Annotated[list[_Text], Field(min_length=1, max_length=10_000)]
-    feedback: Annotated[list[_Feedback], Field(max_length=10_000)]
+    texts: Annotated[list[_Text], Field(min_length=1, max_length=MOST_TEXTS)]
+    feedback: Annotated[list[_Feedback], Field(max_length=MOST_TEXTS)]
     vectors: Annotated[list[_Vector], Field(max_length=16), AfterValidator(_one_a_head)]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Connection, Row, and_, delete, func, insert, or_, select, update
 
-from palate.users.checks import require_id, require_text
+from palate.users.checks import MOST_TEXTS, require_id, require_text
 from palate.users.database import Database, connect, upgrade
 from palate.users.records import (
     ExportedPerson,
@@ -83,12 +83,18 @@ class Store(Database):
         """Store feedback and append (prompt, edited) to the history; the person is created if new.
 
         Raises:
-            ValueError: an id or a text that cannot be stored, by name.
+            ValueError: an id or a text that cannot be stored, by name; or a history that is full.
         """
         for name, value in (("prompt", prompt), ("answer", answer), ("edited", edited)):
             require_text(value, name)
         with self.write() as connection:
             row = self._locked_or_new(connection, tenant, user_id)
+            for table, what in ((texts, "texts"), (feedback, "edited answers")):
+                if connection.scalar(select(func.count()).where(table.c.person_id == row.id)) >= MOST_TEXTS:
+                    raise ValueError(
+                        f"{user_id} has {MOST_TEXTS} {what}, the most that are kept of one person: delete the person, "
+                        "and store the texts that are still theirs"
+                    )
             _insert_feedback(connection, row.id, prompt, answer, edited, _utc())
             last = connection.scalar(select(func.max(texts.c.position)).where(texts.c.person_id == row.id))
             _insert_texts(connection, row.id, [PastText(prompt, edited)], start=0 if last is None else last + 1)
