@@ -90,7 +90,8 @@ class Store(Database):
         with self.write() as connection:
             row = self._locked_or_new(connection, tenant, user_id)
             for table, what in ((texts, "texts"), (feedback, "edited answers")):
-                if connection.scalar(select(func.count()).where(table.c.person_id == row.id)) >= MOST_TEXTS:
+                count = select(func.count()).where(table.c.person_id == row.id)
+                if connection.execute(count).scalar_one() >= MOST_TEXTS:
                     raise ValueError(
                         f"{user_id} has {MOST_TEXTS} {what}, the most that are kept of one person: delete the person, "
                         "and store the texts that are still theirs"
