@@ -7,6 +7,13 @@ A text corpus is an artifact of kind ``text-corpus``:
     task.json              ``Task``: what kind of text it is and how it is scored
     quarantine.jsonl       records that could not be used, each with its reason
     report.json            counts: users, items, questions, every kind of record dropped, and why
+
+Ranked lists of images are an artifact of kind ``ranked-lists``:
+
+    lists/*.parquet        ``LISTS``: a list of images for a caption, best first
+    images/*.parquet       ``IMAGES``: the images themselves, each once, where the source has them
+    quarantine.jsonl       records that could not be used, each with its reason
+    report.json            annotations kept, tied and dropped, and why; lengths of lists; cycles
 """
 
 import hashlib
@@ -42,6 +49,60 @@ QUESTIONS = pa.schema(
         pa.field("output", pa.string()),  # null where the gold is withheld
         pa.field("date", pa.string()),
         pa.field("profile", pa.list_(pa.string()), nullable=False),  # item_ids that this question may look at
+    ]
+)
+
+RANKED_LISTS = "ranked-lists"
+
+LISTS = pa.schema(
+    [
+        pa.field("list_id", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("user_id", pa.string()),  # null: many people's votes
+        pa.field("split", pa.string(), nullable=False),  # train, validation or test
+        pa.field(
+            "items",  # best first
+            pa.list_(
+                pa.struct(
+                    [
+                        pa.field("image_uid", pa.string(), nullable=False),
+                        pa.field("model", pa.string()),  # what made the image
+                        pa.field("score", pa.float64()),
+                        pa.field("tie_group", pa.int32(), nullable=False),  # lower is better; equal: not ordered
+                    ]
+                )
+            ),
+            nullable=False,
+        ),
+        pa.field(
+            "edges",  # the votes behind the order; winner and loser are positions in items
+            pa.list_(
+                pa.struct(
+                    [
+                        pa.field("winner", pa.int32(), nullable=False),
+                        pa.field("loser", pa.int32(), nullable=False),
+                        pa.field("votes", pa.float32(), nullable=False),
+                        pa.field("source_ids", pa.list_(pa.string()), nullable=False),
+                    ]
+                )
+            ),
+            nullable=False,
+        ),
+        pa.field("kind", pa.string(), nullable=False),  # full, topk, or dominance: the edges are all that is known
+        pa.field("top_k", pa.int32()),  # of topk: how many first choices are known
+        pa.field("source_image", pa.string()),  # of edits: the uid of the image that is edited
+        pa.field("instruction", pa.string()),  # of edits
+        pa.field("weight", pa.float32(), nullable=False),
+    ]
+)
+
+IMAGES = pa.schema(
+    [
+        pa.field("image_uid", pa.string(), nullable=False),
+        pa.field("bytes", pa.binary()),  # an encoded PNG or JPEG; null: at path
+        pa.field("path", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
     ]
 )
 
