@@ -1,0 +1,348 @@
+"""Latents and text embeddings of ranked lists, computed once: Parquet by image uid and by caption.
+
+The posterior's mean and deviation are kept, so that training still samples. Images are resized with their shorter side
+to the resolution and cropped at the centre; what SDXL wants to know of that is kept beside the latents.
+
+    OUT/index               shapes, type and counts; written when all shards are there
+    OUT/images-NNNNN        latents.parquet, a shard for each file of images
+    OUT/captions-NNNNN      texts.parquet, a shard for some thousand captions
+
+On retry: a shard is an artifact of its own, so a killed encoding goes on after the shards that are finished.
+"""
+
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+
+from palate import artifacts
+from palate.artifacts import Artifact, Writer
+from palate.corpora.preparation import Runner, Step, run_local
+from palate.models.diffusion import LoadedDiffusion, encode_images, encode_text, load_diffusion
+
+ENCODED, SHARD = "encoded-images", "encoded-shard"
+CAPTIONS = 4096  # of a shard
+ROW_GROUP = 8  # images read from disk together; training reads at random
+
+LATENTS = pa.schema(
+    [
+        pa.field("image_uid", pa.string(), nullable=False),
+        pa.field("mean", pa.binary(), nullable=False),
+        pa.field("deviation", pa.binary(), nullable=False),
+        pa.field("original", pa.list_(pa.int32(), 2), nullable=False),  # height, width
+        pa.field("crop", pa.list_(pa.int32(), 2), nullable=False),  # top, left, after resizing
+    ]
+)
+TEXTS = pa.schema(
+    [
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("text", pa.binary(), nullable=False),
+        pa.field("pooled", pa.binary()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """How images and captions are encoded."""
+
+    resolution: int = 512
+    """Pixels of a side; must suit the base model."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Of what is stored."""
+    batch: int = 8
+    """Images, or captions, that go through the encoders at once."""
+    max_disk_gb: float = 100.0
+    """Refuse to begin when the result would take more."""
+    device: str = "cpu"
+    """Where the encoders run."""
+
+
+class Picture(NamedTuple):
+    """An image as the encoder takes it: pixels (3, R, R) in [-1, 1], and where they come from (height, width)."""
+
+    pixels: Tensor
+    original: tuple[int, int]
+    crop: tuple[int, int]
+
+
+def read_picture(content: bytes, resolution: int) -> Picture:
+    """Decode, resize the shorter side to ``resolution`` (bilinear) and crop at the centre.
+
+    Raises:
+        ValueError: the bytes are no image that can be decoded whole.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            image = opened.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not an image that can be decoded: {error}") from None
+    width, height = image.size
+    factor = resolution / min(width, height)
+    # Rounding must not make a side shorter than the crop.
+    size = max(resolution, round(width * factor)), max(resolution, round(height * factor))
+    left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
+    resized = image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + resolution, top + resolution))
+    pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 127.5 - 1
+    return Picture(pixels, (height, width), (top, left))
+
+
+def encode(
+    lists: Artifact, model: str, out: str, config: EncodeConfig, runner: Runner = run_local, *, fresh: bool = False
+) -> "Encoded":
+    """The latents and text embeddings of ``lists`` at ``out``, made by ``model`` unless they are there.
+
+    Raises:
+        ValueError: an image cannot be decoded (naming it), or the result would not fit on the disk.
+        ArtifactMismatch: something else is there.
+    """
+    if fresh:
+        for folder in artifacts.folders(out):
+            artifacts.discard(folder)
+    identity = {"model": model, "resolution": config.resolution, "dtype": config.dtype}
+    index = artifacts.join(out, "index")
+    if artifacts.finished(index, kind=ENCODED, config=identity, inputs={"lists": lists}) is None:
+        encoding = _Encoding(lists, model, out, config, identity)
+        shards = lists.paths("images/", ".parquet")
+        captions = _captions(lists)
+        shapes, summary = encoding.plan(shards, captions)
+        parts = [captions[start : start + CAPTIONS] for start in range(0, len(captions), CAPTIONS)]
+        runner(Step("encode images", encoding.images, list(enumerate(shards))))
+        runner(Step("encode captions", encoding.captions, list(enumerate(parts))))
+
+        def produce(writer: Writer) -> None:
+            writer.write_json("shapes.json", {"dtype": config.dtype, "resolution": config.resolution, **shapes})
+            writer.summary.update(summary)
+
+        artifacts.ensure(index, produce, kind=ENCODED, config=identity, inputs={"lists": lists})
+    return Encoded(out)
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    lists: Artifact
+    model: str
+    out: str
+    config: EncodeConfig
+    identity: Mapping[str, Any]
+
+    def plan(self, shards: Sequence[str], captions: Sequence[str]) -> tuple[dict[str, list[int]], dict[str, Any]]:
+        """The shapes of what is stored, and its extent, which is printed and must fit on the disk."""
+        config = self.config
+        images = sum(pq.read_metadata(self.lists.local(path)).num_rows for path in shards)
+        shapes = _shapes(_loaded(self.model, config.device), config)
+        sizes = {name: np.dtype(config.dtype).itemsize * int(np.prod(shape)) for name, shape in shapes.items()}
+        needed = 2 * images * sizes.pop("latents") + len(captions) * sum(sizes.values())
+        print(f"encoding {images} images and {len(captions)} captions: {needed / 2**30:.2f} GiB", flush=True)
+        allowed = config.max_disk_gb * 2**30
+        filesystem, root = artifacts.locate(self.out)
+        if artifacts.is_local(filesystem):
+            filesystem.makedirs(root, exist_ok=True)
+            allowed = min(allowed, shutil.disk_usage(root).free)
+        if needed > allowed:
+            raise ValueError(
+                f"the encodings would take {needed / 2**30:.1f} GiB, and {allowed / 2**30:.1f} GiB are allowed "
+                "(--max-disk-gb) and free: lower --resolution, or use fewer lists"
+            )
+        return shapes, {"images": images, "captions": len(captions), "bytes": needed}
+
+    def images(self, task: tuple[int, str]) -> dict[str, Any]:
+        """Encode one file of images into a shard."""
+        number, path = task
+        loaded, config = _loaded(self.model, self.config.device), self.config
+
+        def rows() -> Iterator[list[dict[str, Any]]]:
+            with pq.ParquetFile(self.lists.local(path)) as file:
+                for batch in file.iter_batches(config.batch):
+                    found = batch.to_pylist()
+                    pictures = [_picture(row, config.resolution) for row in found]
+                    means, deviations = encode_images(loaded, torch.stack([picture.pixels for picture in pictures]))
+                    yield [
+                        {
+                            "image_uid": row["image_uid"],
+                            "mean": _bytes(mean, config.dtype),
+                            "deviation": _bytes(deviation, config.dtype),
+                            "original": picture.original,
+                            "crop": picture.crop,
+                        }
+                        for row, picture, mean, deviation in zip(found, pictures, means, deviations, strict=True)
+                    ]
+
+        return self._shard(f"images-{number:05d}", "latents.parquet", LATENTS, rows(), {"of": path})
+
+    def captions(self, task: tuple[int, Sequence[str]]) -> dict[str, Any]:
+        """Encode some captions into a shard."""
+        number, captions = task
+        loaded, config = _loaded(self.model, self.config.device), self.config
+
+        def rows() -> Iterator[list[dict[str, Any]]]:
+            for start in range(0, len(captions), config.batch):
+                some = list(captions[start : start + config.batch])
+                found = encode_text(loaded, some)
+                texts, pooled = found["prompt_embeds"], found.get("pooled_prompt_embeds")
+                yield [
+                    {
+                        "caption": caption,
+                        "text": _bytes(texts[index], config.dtype),
+                        "pooled": None if pooled is None else _bytes(pooled[index], config.dtype),
+                    }
+                    for index, caption in enumerate(some)
+                ]
+
+        return self._shard(f"captions-{number:05d}", "texts.parquet", TEXTS, rows(), {"captions": len(captions)})
+
+    def _shard(
+        self, name: str, file: str, schema: pa.Schema, batches: Iterator[list[dict[str, Any]]], what: dict[str, Any]
+    ) -> dict[str, Any]:
+        def produce(writer: Writer) -> None:
+            count = 0
+            # Random bits do not compress.
+            with pq.ParquetWriter(writer.folder / file, schema, compression="none") as parquet:
+                for rows in batches:
+                    parquet.write_table(pa.Table.from_pylist(rows, schema=schema), row_group_size=ROW_GROUP)
+                    count += len(rows)
+            writer.summary["rows"] = count
+
+        config = {**self.identity, **what}
+        inputs = {"lists": self.lists}
+        made = artifacts.ensure(artifacts.join(self.out, name), produce, kind=SHARD, config=config, inputs=inputs)
+        return made.summary
+
+
+def _picture(row: Mapping[str, Any], resolution: int) -> Picture:
+    content = row["bytes"]
+    if content is None:
+        filesystem, path = artifacts.locate(row["path"])
+        content = filesystem.cat_file(path)
+    try:
+        return read_picture(content, resolution)
+    except ValueError as error:
+        raise ValueError(
+            f"image {row['image_uid']}: {error}. Prepare the lists again (jobs/prepare.py rankings)"
+        ) from None
+
+
+def _captions(lists: Artifact) -> list[str]:
+    """Every caption, or instruction where images are edited, and the empty one that stands for a dropped prompt."""
+    found = {""}
+    for path in lists.paths("lists/", ".parquet"):
+        table = pq.read_table(lists.local(path), columns=["caption", "instruction"])
+        for caption, instruction in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
+            found.add(caption if instruction is None else instruction)
+    return sorted(found)
+
+
+def _shapes(loaded: LoadedDiffusion, config: EncodeConfig) -> dict[str, list[int]]:
+    mean, _ = encode_images(loaded, torch.zeros(1, 3, config.resolution, config.resolution))
+    found = encode_text(loaded, [""])
+    shapes = {"latents": list(mean.shape[1:]), "text": list(found["prompt_embeds"].shape[1:])}
+    if (pooled := found.get("pooled_prompt_embeds")) is not None:
+        shapes["pooled"] = list(pooled.shape[1:])
+    return shapes
+
+
+@lru_cache(maxsize=1)
+def _loaded(model: str, device: str) -> LoadedDiffusion:
+    """The encoders, loaded once a process."""
+    return load_diffusion(model, device=device)
+
+
+def _bytes(tensor: Tensor, dtype: str) -> bytes:
+    found = tensor.float().cpu().numpy().astype(dtype)
+    if not np.isfinite(found).all():
+        raise ValueError(f"the encoder gave values that are not finite in {dtype}: encode with --dtype float32")
+    return bytes(found.tobytes())
+
+
+class Latents(NamedTuple):
+    """Posterior of one image: mean and deviation (C, H, W), float32, unscaled; original size and crop (y, x)."""
+
+    mean: Tensor
+    deviation: Tensor
+    original: tuple[int, int]
+    crop: tuple[int, int]
+
+
+class Text(NamedTuple):
+    """One encoded caption: (L, D) and, for some families, (P,); float32."""
+
+    text: Tensor
+    pooled: Tensor | None
+
+
+class Encoded:
+    """Random access to what ``encode`` made. Row groups are read when needed; the last ones are kept.
+
+    Args:
+        keep: row groups in memory, of 8 images or captions each.
+
+    Raises:
+        ArtifactMissing: the encoding is not finished.
+    """
+
+    def __init__(self, url: str, keep: int = 4096) -> None:
+        self.url, self.artifact = url, artifacts.open_artifact(artifacts.join(url, "index"), ENCODED)
+        settings = self.artifact.read_json("shapes.json")
+        self._dtype, self.resolution = np.dtype(settings["dtype"]), int(settings["resolution"])
+        self._shapes = {name: tuple(settings[name]) for name in ("latents", "text", "pooled") if name in settings}
+        self._places = {name: self._index(name, key) for name, key in (("latents", "image_uid"), ("texts", "caption"))}
+        self._group: Callable[[str, int], list[dict[str, Any]]] = lru_cache(maxsize=keep)(self._read_group)
+
+    def __contains__(self, image_uid: str) -> bool:
+        return image_uid in self._places["latents"]
+
+    def latents(self, image_uid: str) -> Latents:
+        """The posterior of an image.
+
+        Raises:
+            KeyError: it was not encoded.
+        """
+        row = self._row("latents", image_uid)
+        mean, deviation = (self._tensor(row[name], "latents") for name in ("mean", "deviation"))
+        return Latents(mean, deviation, tuple(row["original"]), tuple(row["crop"]))
+
+    def text(self, caption: str) -> Text:
+        """An encoded caption.
+
+        Raises:
+            KeyError: it was not encoded.
+        """
+        row = self._row("texts", caption)
+        return Text(self._tensor(row["text"], "text"), self._tensor(row["pooled"], "pooled") if row["pooled"] else None)
+
+    def _tensor(self, content: bytes, name: str) -> Tensor:
+        array = np.frombuffer(content, dtype=self._dtype).astype(np.float32)
+        return torch.from_numpy(array).view(self._shapes[name])
+
+    def _row(self, folder: str, key: str) -> dict[str, Any]:
+        place = self._places[folder].get(key)
+        if place is None:
+            raise KeyError(f"{json.dumps(key)[:80]} is not among the {folder} of {self.url}")
+        path, group, row = place
+        return self._group(path, group)[row]
+
+    def _read_group(self, path: str, group: int) -> list[dict[str, Any]]:
+        with pq.ParquetFile(path) as file:
+            return list(file.read_row_group(group).to_pylist())
+
+    def _index(self, name: str, key: str) -> dict[str, tuple[str, int, int]]:
+        places = {}
+        for folder in artifacts.folders(self.url):
+            shard = artifacts.open_artifact(folder)
+            for path in shard.paths(name, ".parquet"):
+                local = str(shard.local(path))
+                with pq.ParquetFile(local) as file:
+                    for group in range(file.num_row_groups):
+                        keys = file.read_row_group(group, columns=[key])[key].to_pylist()
+                        places.update({found: (local, group, row) for row, found in enumerate(keys)})
+        return places

@@ -1,0 +1,206 @@
+"""What the trainer draws: a ranked list with its latents, noise and timesteps, all from one seed.
+
+A list's draws come from the stream's seed for it and the epoch, so they do not depend on the batch, the rank or the
+micro-batch. Shared over the list, by default: timestep and noise (spec a.5), as in Diffusion-DPO's pairs, where the
+difference of two errors is then that of the images alone. The prompt is dropped for the whole list.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from palate.artifacts import Artifact
+from palate.lpo.denoising import Conditioning, NoiseSchedule, draw_timesteps
+from palate.lpo.encoding import Encoded, Latents
+from palate.training.stream import CorruptSample
+
+
+@dataclass(frozen=True)
+class DrawConfig:
+    """What is random about a list, and what its images share."""
+
+    share_timestep: bool = True
+    """One timestep for all images of a list."""
+    share_noise: bool = True
+    """One noise for all images of a list."""
+    prompt_dropout: float = 0.1
+    """Share of lists that are trained without their prompt, which keeps guidance working."""
+    source_dropout: float = 0.05
+    """Editing: share of lists without source image; as many without instruction, and as many without both."""
+    user_dropout: float = 0.1
+    """Personal: share of lists that are trained as nobody's."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is known about a list of m images: ``tie_groups`` in ascending order of places, ``edges`` with their votes,
+    ``top_k`` where only the first choices are known; ``partial`` where the edges are all that is known."""
+
+    tie_groups: tuple[int, ...]
+    edges: tuple[tuple[int, int, float], ...] = ()
+    top_k: int | None = None
+    partial: bool = False
+
+
+@dataclass(frozen=True)
+class ListSample:
+    """A drawn list of m images. ``index_M``: timesteps; ``uniform``: for what a loss draws itself."""
+
+    order: Order
+    latents_MCHW: Tensor
+    noise_MCHW: Tensor
+    index_M: Tensor
+    given: Conditioning  # m rows
+    weight: float
+    uniform: float
+
+    def __len__(self) -> int:
+        return len(self.index_M)
+
+
+@dataclass(frozen=True)
+class Users:
+    """People with an embedding of their own, by place in the table; others are nobody."""
+
+    places: Mapping[str, int]
+
+    def place(self, user_id: str | None) -> int | None:
+        return None if user_id is None else self.places.get(user_id)
+
+
+class ListSource:
+    """The ranked lists of one split, as a source of the exact stream.
+
+    Args:
+        encoded: latents and texts of these lists.
+        scaling: ``(shift, factor)``: what the network sees is ``(latent - shift) * factor``.
+        editing: the lists are edits of a source image, by an instruction.
+
+    Raises:
+        ValueError: the split has no list.
+    """
+
+    def __init__(
+        self,
+        lists: Artifact,
+        split: str,
+        encoded: Encoded,
+        schedule: NoiseSchedule,
+        draw: DrawConfig,
+        *,
+        scaling: tuple[float, float],
+        editing: bool = False,
+        sized: bool = False,
+        users: Users | None = None,
+        only_users: frozenset[str] | None = None,
+    ) -> None:
+        self.name = f"lists-{split}"
+        self._table = read_lists(lists, split, only_users)
+        if not self._table.num_rows:
+            raise ValueError(
+                f"{lists.url} has no list in split {split!r}: look at its report.json, or prepare more data"
+            )
+        self._ids = self._table["list_id"].to_pylist()
+        self.fingerprint = hashlib.sha256("\n".join([lists.digest, split, *self._ids]).encode()).hexdigest()[:16]
+        self._encoded, self._schedule, self._draw = encoded, schedule, draw
+        self._shift, self._factor = scaling
+        self._editing, self._sized, self._users = editing, sized, users
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def id(self, index: int) -> str:
+        return str(self._ids[index])
+
+    def row(self, index: int) -> dict[str, Any]:
+        """The list's record."""
+        return dict(self._table.slice(index, 1).to_pylist()[0])
+
+    def load(self, index: int, seed: int) -> ListSample:
+        row = self.row(index)
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        try:
+            found = [self._encoded.latents(item["image_uid"]) for item in row["items"]]
+            source = self._encoded.latents(row["source_image"]) if self._editing else None
+            return self._drawn(row, found, source, generator)
+        except KeyError as error:
+            raise CorruptSample(str(error.args[0])) from None
+
+    def _drawn(
+        self, row: Mapping[str, Any], found: Sequence[Latents], source: Latents | None, generator: torch.Generator
+    ) -> ListSample:
+        draw, count = self._draw, len(found)
+        # Drawn whatever the options are, so that they change nothing but what they say.
+        uniform, prompt, image, person = torch.rand(4, generator=generator).tolist()
+        index_M = draw_timesteps(self._schedule, count, generator)
+        noise_MCHW = torch.randn(count, *found[0].mean.shape, generator=generator)
+        spread_MCHW = torch.randn(count, *found[0].mean.shape, generator=generator)
+        if draw.share_timestep:
+            index_M = index_M[:1].expand(count)
+        if draw.share_noise:
+            noise_MCHW = noise_MCHW[:1].expand(count, *noise_MCHW.shape[1:])
+        means = torch.stack([one.mean for one in found])
+        deviations = torch.stack([one.deviation for one in found])
+        latents_MCHW = (means + deviations * spread_MCHW - self._shift) * self._factor
+        without_text, without_source = prompt < draw.prompt_dropout, False
+        if self._editing:
+            # Text alone, both, image alone, equally often (arXiv 2211.09800, 3.2.1).
+            share = draw.source_dropout
+            without_text, without_source = image < 2 * share, share <= image < 3 * share
+        text = self._encoded.text("" if without_text else row["instruction"] if self._editing else row["caption"])
+        given = Conditioning(
+            text_NLD=text.text.expand(count, *text.text.shape),
+            pooled_NP=None if text.pooled is None else text.pooled.expand(count, -1),
+            time_ids_N6=self._time_ids(found) if self._sized else None,
+            source_NCHW=None if source is None else _source(source, without_source, count),
+            **self._person(row["user_id"], person < draw.user_dropout, count),
+        )
+        return ListSample(order_of(row), latents_MCHW, noise_MCHW, index_M, given, float(row["weight"]), uniform)
+
+    def _time_ids(self, found: Sequence[Latents]) -> Tensor:
+        """SDXL's (arXiv 2307.01952, 2.2): original height and width, crop top and left, target height and width."""
+        side = self._encoded.resolution
+        return torch.tensor([[*one.original, *one.crop, side, side] for one in found], dtype=torch.float32)
+
+    def _person(self, user_id: str | None, dropped: bool, count: int) -> dict[str, Tensor]:
+        if self._users is None:
+            return {}
+        place = self._users.place(user_id)
+        known = place is not None and not dropped
+        return {
+            "user_NJ": torch.full((count, 1), float(place or 0)),  # the place; the trainer looks the embedding up
+            "user_scale_N": torch.full((count,), float(known)),
+        }
+
+
+def read_lists(lists: Artifact, split: str, only_users: frozenset[str] | None = None) -> pa.Table:
+    """The records of a split, of some people only if wanted, in the order of the files."""
+    tables = [pq.read_table(lists.local(path)) for path in lists.paths("lists/", ".parquet")]
+    table = pa.concat_tables(tables)
+    table = table.filter(pc.equal(table["split"], split))
+    if only_users is not None:
+        table = table.filter(pc.is_in(table["user_id"], pa.array(sorted(only_users), pa.string())))
+    return table
+
+
+def order_of(row: Mapping[str, Any]) -> Order:
+    """What a record says about the order of its images."""
+    return Order(
+        tie_groups=tuple(item["tie_group"] for item in row["items"]),
+        edges=tuple((edge["winner"], edge["loser"], edge["votes"]) for edge in row["edges"]),
+        top_k=row["top_k"] if row["kind"] == "topk" else None,
+        partial=row["kind"] == "dominance",
+    )
+
+
+def _source(source: Latents, dropped: bool, count: int) -> Tensor:
+    """The posterior's mode, unscaled and without noise, as InstructPix2Pix takes it; zeros where it is dropped."""
+    latents = torch.zeros_like(source.mean) if dropped else source.mean
+    return latents.expand(count, *latents.shape)

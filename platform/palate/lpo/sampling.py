@@ -1,0 +1,91 @@
+"""Images at given seeds, alike whatever else is in the batch, and the grid that shows before and after."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from palate.progress import track
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How images are made."""
+
+    sampler_steps: int = 30
+    """Denoising steps."""
+    guidance: float = 7.5
+    """Classifier-free guidance of the text."""
+    image_guidance: float = 1.5
+    """Editing: guidance of the source image."""
+    batch: int = 4
+    """Images made together."""
+
+
+def generate(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    config: SampleConfig,
+    *,
+    size: tuple[int, int] | None = None,
+    sources: Sequence[Image.Image] | None = None,
+    embeddings: torch.Tensor | None = None,
+    label: str = "images",
+) -> list[Image.Image]:
+    """One image for each prompt at its seed.
+
+    Args:
+        size: (height, width); the pipeline's own by default.
+        sources: the images to edit, one a prompt (InstructPix2Pix).
+        embeddings: (prompts, J) of people, for a pipeline with their branch.
+    """
+    device = pipeline.device if pipeline.device.type != "meta" else torch.device("cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    made: list[Image.Image] = []
+    for start in track(range(0, len(prompts), config.batch), label):
+        span = slice(start, start + config.batch)
+        given: dict[str, Any] = {"prompt": list(prompts[span])}
+        if size and sources is None:
+            given |= {"height": size[0], "width": size[1]}
+        if sources is not None:
+            given |= {"image": list(sources[span]), "image_guidance_scale": config.image_guidance}
+        if embeddings is not None:
+            one = embeddings[span, None].to(device)
+            # Both sides of the guidance have the person: it is of the text alone.
+            given["ip_adapter_image_embeds"] = [torch.cat([one, one]) if config.guidance > 1 else one]
+        made += pipeline(
+            **given,
+            # A generator of its own for each image, on the CPU: the same noise in any batch, on any device.
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[span]],
+            num_inference_steps=config.sampler_steps,
+            guidance_scale=config.guidance,
+            output_type="pil",
+        ).images
+    return made
+
+
+def grid(rows: Sequence[str], columns: Mapping[str, Sequence[Image.Image]], side: int = 160) -> Image.Image:
+    """A picture with a row for each caption and a column for each system, labelled."""
+    text, top, gap = 220, 24, 6
+    sheet = Image.new("RGB", (text + len(columns) * (side + gap), top + len(rows) * (side + gap)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, name in enumerate(columns):
+        pen.text((text + place * (side + gap), 6), name, fill="black")
+    for row, caption in enumerate(rows):
+        y = top + row * (side + gap)
+        pen.multiline_text((8, y + 8), _wrapped(caption, 32), fill="black")
+        for place, images in enumerate(columns.values()):
+            sheet.paste(images[row].resize((side, side), Image.Resampling.NEAREST), (text + place * (side + gap), y))
+    return sheet
+
+
+def _wrapped(text: str, width: int) -> str:
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines[:8])

@@ -1,0 +1,283 @@
+"""LPO from ranked lists to a tuned generator: encode -> tune -> write what plain diffusers loads.
+
+    RUN/encoded     latents and text embeddings, once
+    RUN/training    checkpoints and logs (TensorBoard, JSON lines)
+    RUN/tuned       lora/, pipeline/ or person/, a model card, signals on held-out lists, and a grid of images
+
+Started again, the pipeline skips what is finished and goes on where it was.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from peft import get_peft_model_state_dict
+from torch import nn
+
+from palate import artifacts, progress
+from palate.artifacts import Artifact, Writer, join
+from palate.config import identity, scale, to_dict
+from palate.corpora.schema import RANKED_LISTS
+from palate.lpo import personal, sampling
+from palate.lpo.denoising import noise_schedule
+from palate.lpo.encoding import EncodeConfig, Encoded, encode
+from palate.lpo.networks import TRAINED, WeightsConfig, tuned
+from palate.lpo.samples import DrawConfig, ListSource, Users, read_lists
+from palate.lpo.sampling import SampleConfig
+from palate.lpo.training import Denoiser, ObjectiveConfig, TuneConfig, measure, tune
+from palate.models.diffusion import LoadedDiffusion, load_diffusion
+from palate.training.checkpoints import Store
+from palate.training.parallel import World
+
+TUNED = "lpo-tuned"
+
+
+@dataclass(frozen=True)
+class PersonalConfig:
+    """One model for many people: an embedding each, read by decoupled cross-attention."""
+
+    personal: Literal["none", "learned"] = "none"
+    """learned: an embedding for each person of the training lists, beside a frozen base model."""
+    width: int = 32
+    """Of an embedding."""
+
+
+@dataclass(frozen=True)
+class LpoConfig:
+    """Tune an image generator on ranked lists."""
+
+    lists: str
+    """Prepared lists (jobs/prepare.py rankings): a folder or URL."""
+    out: str = scale()
+    """Folder or URL of the run."""
+    model: str = "shapes"
+    """Base model: a hub id or a folder of a diffusers pipeline."""
+    seed: int = 0
+    """Of everything that is drawn."""
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    draw: DrawConfig = field(default_factory=DrawConfig)
+    learn: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    personal: PersonalConfig = field(default_factory=PersonalConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    grid: int = scale(6)
+    """Captions of held-out lists in the grid of images; 0: none."""
+    launcher: Literal["local", "torchrun", "ray"] = scale("local")
+    """local: this process; torchrun: the ranks that torchrun started; ray: workers of a Ray cluster."""
+    workers: int = scale(1)
+    """Ranks, under Ray."""
+    fresh: bool = scale(False)
+    """Discard what the run folder holds and begin anew."""
+
+
+def start_over(config: LpoConfig) -> None:
+    """Discard the run's stages, if ``fresh``."""
+    if config.fresh:
+        artifacts.discard(join(config.out, "tuned"))
+        for folder in artifacts.folders(join(config.out, "encoded")):
+            artifacts.discard(folder)
+        Store(join(config.out, "training"), {}, 1, World()).discard()
+
+
+def pipeline(config: LpoConfig, world: World) -> Artifact:
+    """Every stage that is not finished; every rank calls it. Returns the tuned artifact.
+
+    Raises:
+        ArtifactMismatch: the run folder holds another run.
+        TrainingStopped: a guard ended the training.
+        ValueError: settings, model and lists do not go together.
+    """
+    lists = artifacts.open_artifact(config.lists, RANKED_LISTS)
+    out = join(config.out, "tuned")
+    described = identity(config)
+    if found := artifacts.finished(out, kind=TUNED, config=described, inputs={"lists": lists}):
+        return found
+    if world.main:
+        with progress.stage("encode"):
+            encode(lists, config.model, join(config.out, "encoded"), config.encode)
+    world.barrier()
+    encoded = Encoded(join(config.out, "encoded"))
+    loaded = load_diffusion(config.model, device=str(world.device))
+    run = _Run(config, lists, encoded, loaded, world)
+    with progress.stage("tune"):
+        summary, people = run.tune()
+    if world.main:
+        with progress.stage("write"):
+            produce = partial(run.write, people=people, seconds=summary.seconds)
+            artifacts.ensure(out, produce, kind=TUNED, config=described, inputs={"lists": lists})
+    world.barrier()
+    return artifacts.open_artifact(out, TUNED)
+
+
+@dataclass
+class _Run:
+    config: LpoConfig
+    lists: Artifact
+    encoded: Encoded
+    loaded: LoadedDiffusion
+    world: World
+
+    def __post_init__(self) -> None:
+        self.schedule = noise_schedule(self.loaded.scheduler)
+        self.users = self._users()
+
+    def _users(self) -> tuple[str, ...]:
+        """The people of the training lists, where they are learned."""
+        if self.config.personal.personal == "none":
+            return ()
+        found = set(read_lists(self.lists, "train")["user_id"].to_pylist()) - {None}
+        if not found:
+            raise ValueError(
+                f"{self.config.lists} names no person: prepare the lists with --group-by caption-user, or leave "
+                "--personal out"
+            )
+        return tuple(sorted(found))
+
+    def source(self, split: str) -> ListSource:
+        loaded = self.loaded
+        return ListSource(
+            self.lists,
+            split,
+            self.encoded,
+            self.schedule,
+            self.config.draw,
+            scaling=_scaling(loaded),
+            editing=loaded.family == "ip2p",
+            sized=loaded.family == "sdxl",
+            users=Users({user: place for place, user in enumerate(self.users)}) if self.users else None,
+        )
+
+    def tune(self) -> tuple[Any, personal.People | None]:
+        """Train, and leave the tuned weights in the loaded pipeline."""
+        config = self.config
+        network = self.loaded.denoiser
+        people = None
+        if self.users:
+            people = personal.new_people(self.users, config.personal.width, config.seed).to(self.world.device)
+            personal.add_branch(network, config.personal.width, config.seed)
+            parameters = [("people.embeddings_UJ", people.embeddings_UJ), *personal.branch_parameters(network)]
+            network.add_module("people", people)  # a parameter of the model like the others, while it trains
+            denoiser = Denoiser(
+                network,
+                self.loaded.family,
+                self.schedule,
+                partial(_itself, network),
+                partial(people.given, network),
+            )
+        else:
+            parameters, reference = tuned(self.loaded, config.weights, config.seed)
+            denoiser = Denoiser(network, self.loaded.family, self.schedule, reference)
+        network.train()
+        described = {name: value for name, value in identity(config).items() if name not in ("sample", "grid")}
+        self.denoiser = denoiser
+        summary = tune(
+            denoiser,
+            parameters,
+            self.source("train"),
+            config.learn,
+            config.tune,
+            join(config.out, "training"),
+            self.world,
+            seed=config.seed,
+            identity={"lpo": described, "lists": self.lists.digest},
+        )
+        network.eval()
+        return summary, people
+
+    def write(self, writer: Writer, people: personal.People | None, seconds: float) -> None:
+        """The tuned weights, how they do on held-out lists, a grid and a model card."""
+        report = {"seconds": seconds}
+        for split in ("validation", "test"):
+            if read_lists(self.lists, split).num_rows:
+                measured = measure(self.denoiser, self.source(split), self.config.learn, self.config.tune)
+                report |= {f"{split}/{name}": value for name, value in measured.items()}
+        pipeline = self.loaded.pipeline
+        network = self.loaded.denoiser
+        if people is not None:
+            del network.people
+            personal.save_branch(network, people, writer.folder / "person")
+        elif self.config.weights.weights == "lora":
+            part = self.loaded.denoiser_name
+            state = get_peft_model_state_dict(network, adapter_name=TRAINED)
+            shape = network.peft_config[TRAINED].to_dict()  # type: ignore[union-attr, index]
+            keywords = {f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": shape}
+            pipeline.save_lora_weights(writer.folder / "lora", **keywords)
+        else:
+            pipeline.save_pretrained(writer.folder / "pipeline")
+        if self.config.grid and self.loaded.family != "ip2p":
+            self._grid(people).save(writer.folder / "grid.png")
+        writer.write_json("report.json", report)
+        (writer.folder / "README.md").write_text(model_card(self.config, self.lists, report))
+        writer.summary.update(report)
+
+    def _grid(self, people: personal.People | None) -> Any:
+        splits = [s for s in ("test", "validation", "train") if read_lists(self.lists, s).num_rows]
+        captions = sorted(set(read_lists(self.lists, splits[0])["caption"].to_pylist()))[: self.config.grid]
+        side = self.encoded.resolution
+        make = partial(
+            sampling.generate,
+            self.loaded.pipeline,
+            captions,
+            list(range(len(captions))),
+            self.config.sample,
+            size=(side, side),
+        )
+        network: Any = self.loaded.denoiser
+        if people is not None:
+            columns = {}
+            for place, user in [(0, "nobody"), *list(enumerate(people.ids))[:3]]:
+                scale = torch.full((1,), 0.0 if user == "nobody" else 1.0)
+                personal.set_people(network, scale.to(self.world.device))
+                columns[user] = make(
+                    embeddings=people.embeddings_UJ[place].detach().expand(len(captions), -1), label=f"images: {user}"
+                )
+            return sampling.grid(captions, columns)
+        pipeline, name = self.loaded.pipeline, self.loaded.denoiser_name
+        with self.denoiser.reference() as reference:
+            setattr(pipeline, name, reference)
+            before = make(label="images before")
+        setattr(pipeline, name, network)
+        return sampling.grid(captions, {"before": before, "after": make(label="images after")})
+
+
+def model_card(config: LpoConfig, lists: Artifact, report: Mapping[str, float]) -> str:
+    """What was tuned, on what and how it did on held-out lists, in the form that model hubs show."""
+    kind = (
+        "person" if config.personal.personal != "none" else "lora" if config.weights.weights == "lora" else "pipeline"
+    )
+    use = {
+        "lora": "pipeline.load_lora_weights(FOLDER + '/lora')",
+        "pipeline": "pipeline = DiffusionPipeline.from_pretrained(FOLDER + '/pipeline')",
+        "person": (
+            "pipeline.load_ip_adapter(FOLDER + '/person', '', 'ip_adapter.safetensors', image_encoder_folder=None)\n"
+            "# a person's row of users.safetensors, twice (guidance is of the text alone): ip_adapter_image_embeds"
+        ),
+    }[kind]
+    rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in sorted(report.items()))
+    learned = "".join(f"| {name} | {value} |\n" for name, value in to_dict(config.learn).items())
+    return (
+        f"---\nbase_model: {config.model}\nlibrary_name: diffusers\ntags: [preference-tuning, diffusion-lpo]\n---\n\n"
+        f"# {config.model}, tuned on ranked lists\n\n"
+        f"Tuned by Palate: {config.learn.objective} over {config.tune.steps} steps of {config.tune.batch} lists "
+        f"(Diffusion-LPO, arXiv 2510.01540). The lists have the digest `{lists.digest[:16]}`. Whose taste this is, "
+        "those lists say; weights can keep traces of what they were tuned on.\n\n"
+        f"```python\n{use}\n```\n\n![The same seeds before and after](grid.png)\n\n"
+        f"| setting | value |\n|---|---|\n{learned}\n"
+        f"| on held-out lists | value |\n|---|--:|\n{rows}"
+    )
+
+
+def _scaling(loaded: LoadedDiffusion) -> tuple[float, float]:
+    """``(shift, factor)``: what the denoiser sees is ``(latent - shift) * factor``."""
+    config: Any = loaded.vae.config
+    return float(config.get("shift_factor") or 0.0), float(config.get("scaling_factor") or 1.0)
+
+
+@contextmanager
+def _itself(network: nn.Module) -> Iterator[nn.Module]:
+    """A reference that is the network, told of nobody."""
+    yield network
