@@ -9,24 +9,34 @@ from tyro.conf import subcommand
 from palate import config as configs
 from palate.artifacts import Artifact, ArtifactError
 from palate.corpora import git, jsonl, lamp, longlamp
-from palate.corpora.preparation import PrepareConfig, Recipe, prepare, run_local
+from palate.corpora.preparation import PrepareConfig, Recipe, Runner, prepare, run_local
 from palate.corpora.streams import CorpusError
 from palate.corpora.worlds import personas
+from palate.lpo import preparation as rankings
 
 Command = (
     Annotated[lamp.LampConfig, subcommand("lamp")]
     | Annotated[longlamp.LongLampConfig, subcommand("longlamp")]
     | Annotated[jsonl.JsonlConfig, subcommand("jsonl")]
     | Annotated[git.GitConfig, subcommand("git")]
+    | Annotated[rankings.RankingsConfig, subcommand("rankings")]
     | Annotated[personas.PersonasConfig, subcommand("personas")]
 )
 
 
 def from_records(recipe: Callable[[Any], Recipe], config: PrepareConfig) -> Artifact:
+    return prepare(recipe(config), config, runner_for(config))
+
+
+def from_rankings(config: rankings.RankingsConfig) -> Artifact:
+    return rankings.prepare(config, runner_for(config))
+
+
+def runner_for(config: PrepareConfig) -> Runner:
     runner = run_local
     if config.launcher == "ray":
         from palate.distributed.prepare import run_with_ray as runner
-    return prepare(recipe(config), config, runner)
+    return runner
 
 
 MAKE: dict[type, Callable[[Any], Artifact]] = {
@@ -34,6 +44,7 @@ MAKE: dict[type, Callable[[Any], Artifact]] = {
     longlamp.LongLampConfig: partial(from_records, longlamp.recipe),
     jsonl.JsonlConfig: partial(from_records, jsonl.recipe),
     git.GitConfig: partial(from_records, git.recipe),
+    rankings.RankingsConfig: from_rankings,
     personas.PersonasConfig: personas.prepare,
 }
 

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from palate.artifacts import Artifact
 
 TEXT_CORPUS = "text-corpus"
+RANKED_LISTS = "ranked-lists"
 
 ITEMS = pa.schema(
     [
@@ -100,6 +101,58 @@ IMAGES = pa.schema(
     [
         pa.field("image_uid", pa.string(), nullable=False),
         pa.field("bytes", pa.binary()),  # an encoded PNG or JPEG; null: at path
+        pa.field("path", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+    ]
+)
+
+LISTS = pa.schema(
+    [
+        pa.field("list_id", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("user_id", pa.string()),  # null where people are pooled
+        pa.field("split", pa.string(), nullable=False),  # train, validation or test
+        pa.field(  # best first
+            "items",
+            pa.list_(
+                pa.struct(
+                    [
+                        pa.field("image_uid", pa.string(), nullable=False),
+                        pa.field("model", pa.string()),
+                        pa.field("score", pa.float64()),
+                        pa.field("tie_group", pa.int32(), nullable=False),  # ascending; equal: no order is known
+                    ]
+                )
+            ),
+            nullable=False,
+        ),
+        pa.field(
+            "edges",
+            pa.list_(
+                pa.struct(
+                    [
+                        pa.field("winner", pa.int32(), nullable=False),  # position in the items
+                        pa.field("loser", pa.int32(), nullable=False),
+                        pa.field("votes", pa.float32(), nullable=False),  # net
+                        pa.field("source_ids", pa.list_(pa.string()), nullable=False),
+                    ]
+                )
+            ),
+            nullable=False,
+        ),
+        pa.field("kind", pa.string(), nullable=False),  # full, topk, or dominance: the edges are all that is known
+        pa.field("top_k", pa.int32()),  # of kind topk: how many first places are known
+        pa.field("source_image", pa.string()),  # uid of the image that was edited
+        pa.field("instruction", pa.string()),
+        pa.field("weight", pa.float32(), nullable=False),
+    ]
+)
+
+IMAGES = pa.schema(
+    [
+        pa.field("image_uid", pa.string(), nullable=False),
+        pa.field("bytes", pa.binary()),  # encoded as it was found; null where ``path`` says where it is
         pa.field("path", pa.string()),
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),

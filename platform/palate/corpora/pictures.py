@@ -1,0 +1,133 @@
+"""The images behind annotations: found, decoded once to see that they are whole, and collected."""
+
+import hashlib
+import io
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from palate.artifacts import is_local, locate
+from palate.corpora.rankings import SUFFIXES, Found
+from palate.corpora.schema import IMAGES
+
+Mode = Literal["reference", "embed", "skip"]
+
+CORRUPT, UNKNOWN = "an image that cannot be decoded", "an unknown image"
+
+COLLECTED = pa.schema([*IMAGES, pa.field("row", pa.int64(), nullable=False)])  # where it was met first
+
+
+def image_size(content: bytes) -> tuple[int, int]:
+    """Width and height of an encoded image that decodes whole.
+
+    Raises:
+        ValueError: it does not.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            return image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not an image that can be decoded: {error}") from None
+
+
+class Gallery:
+    """The images of one unit of input.
+
+    Args:
+        root: folder or URL under which a uid is a path, with its suffix or without; "" where images are nowhere but in
+            the records.
+        mode: ``embed`` keeps the bytes of files, ``reference`` their paths; bytes in records are always kept.
+    """
+
+    def __init__(self, root: str, mode: Mode) -> None:
+        self._root, self._mode = root, mode
+        self._seen: dict[tuple[str, bytes], str | None] = {}
+        self._collected: set[str] = set()
+        self._rows: list[dict[str, Any]] = []
+
+    def inspect(self, found: Found) -> pa.Table:
+        """The annotations, with a reason where an image of theirs is missing or broken."""
+        table = found.annotations
+        if self._mode == "skip" or (not self._root and found.winner_bytes is None):
+            return table
+        reasons = table["reason"].to_pylist()
+        rows = table["row"].to_pylist()
+        for name, contents in (("winner", found.winner_bytes), ("loser", found.loser_bytes)):
+            for index, uid in enumerate(table[name].to_pylist()):
+                if uid is not None and reasons[index] is None:
+                    content = None if contents is None else contents[index].as_py()
+                    reasons[index] = self._look(uid, content, rows[index])
+        for index, uid in enumerate(table["source_image"].to_pylist()):
+            if uid is not None and reasons[index] is None:
+                reasons[index] = self._look(uid, None, rows[index])
+        return table.set_column(table.schema.get_field_index("reason"), table.schema.field("reason"), [reasons])
+
+    def take(self) -> pa.Table:
+        """What was collected since the last call, as ``COLLECTED``."""
+        table = pa.Table.from_pylist(self._rows, schema=COLLECTED)
+        self._rows.clear()
+        return table
+
+    @property
+    def held(self) -> int:
+        """Bytes that wait for ``take``."""
+        return sum(len(row["bytes"] or b"") + 200 for row in self._rows)
+
+    def _look(self, uid: str, content: bytes | None, row: int) -> str | None:
+        key = uid, b"" if content is None else hashlib.blake2b(content, digest_size=16).digest()
+        if key not in self._seen:
+            self._seen[key] = self._opened(uid, content, row)
+        return self._seen[key]
+
+    def _opened(self, uid: str, content: bytes | None, row: int) -> str | None:
+        path = None
+        if content is None:
+            path = self._path(uid)
+            if path is None:
+                return UNKNOWN
+            filesystem, inside = locate(path)
+            content = filesystem.cat_file(inside)
+        try:
+            width, height = image_size(content)
+        except ValueError:
+            return CORRUPT
+        if uid not in self._collected:
+            self._collected.add(uid)
+            kept = None if path is not None and self._mode == "reference" else content
+            where = path if self._mode == "reference" else None
+            size = {"width": width, "height": height}
+            self._rows.append({"image_uid": uid, "bytes": kept, "path": where, **size, "row": row})
+        return None
+
+    def _path(self, uid: str) -> str | None:
+        """Where the image's file is. A uid cannot lead out of the root."""
+        if not self._root or ".." in uid.split("/"):
+            return None
+        filesystem, root = locate(self._root)
+        for suffix in ("", *SUFFIXES):
+            path = f"{root}/{uid.lstrip('/')}{suffix}"
+            if filesystem.isfile(path):
+                return path if is_local(filesystem) else str(filesystem.unstrip_protocol(path))
+        return None
+
+
+def first_of_each(units: list[pa.Table], wanted: set[str]) -> list[np.ndarray]:
+    """Of collected images by unit (columns ``image_uid`` and ``row``): which rows to keep so that each wanted image is
+    there once, as it was met first."""
+    best: dict[str, tuple[int, int, int]] = {}
+    for number, table in enumerate(units):
+        for index, (uid, row) in enumerate(zip(*(table[c].to_pylist() for c in ("image_uid", "row")), strict=True)):
+            if uid in wanted:
+                best[uid] = min(best.get(uid, (row, number, index)), (row, number, index))
+    keep = [np.zeros(table.num_rows, dtype=bool) for table in units]
+    for _, number, index in best.values():
+        keep[number][index] = True
+    return keep
+
+
+def chosen(batch: pa.RecordBatch, keep: np.ndarray) -> pa.Table:
+    """The kept rows of a batch of ``COLLECTED``, as ``IMAGES``."""
+    return pa.Table.from_batches([batch]).filter(pa.array(keep)).select(IMAGES.names).cast(IMAGES)
