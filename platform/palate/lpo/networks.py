@@ -106,12 +106,15 @@ def load_lora(loaded: LoadedDiffusion, path: str, name: str) -> None:
     if not folder.exists() and ("/" in path[1:] and path.startswith((".", "/"))):
         raise ValueError(f"{path}: no such folder or file; give a LoRA's folder, its safetensors file, or a hub id")
     keywords = {"weight_name": folder.name} if folder.is_file() else {}
-    state = pipeline.lora_state_dict(str(folder.parent if folder.is_file() else path), use_safetensors=True, **keywords)
-    tensors, alphas = state if isinstance(state, tuple) else (state, None)
-    part = "unet" if hasattr(pipeline, "unet") else "transformer"
-    own = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{part}.")}
+    found = pipeline.lora_state_dict(
+        str(folder.parent if folder.is_file() else path), use_safetensors=True, return_lora_metadata=True, **keywords
+    )
+    # U-Nets' readers give alphas as well, transformers' may not.
+    tensors, alphas, metadata = found if len(found) == 3 else (found[0], None, found[1])
+    own = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{loaded.denoiser_name}.")}
     if not own:
-        raise ValueError(
-            f"{path} holds no LoRA of the {part}, only {sorted({key.split('.')[0] for key in tensors})[:5]}"
-        )
-    loaded.denoiser.load_lora_adapter(own, prefix=part, network_alphas=alphas, adapter_name=name)  # type: ignore[operator]
+        parts = sorted({key.partition(".")[0] for key in tensors})[:5]
+        raise ValueError(f"{path} holds no LoRA of the {loaded.denoiser_name}, only of {', '.join(parts)}")
+    loaded.denoiser.load_lora_adapter(  # type: ignore[operator]
+        own, prefix=loaded.denoiser_name, network_alphas=alphas or None, metadata=metadata, adapter_name=name
+    )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -57,7 +58,8 @@ def add_branch(network: nn.Module, width: int, seed: int = 0) -> None:
             "model of family sd or sdxl"
         )
     network.requires_grad_(False)
-    d_text = network.config.cross_attention_dim  # type: ignore[union-attr]
+    unet: Any = network
+    d_text = unet.config.cross_attention_dim
     generator = torch.Generator().manual_seed(seed)
     projection = torch.randn(TOKENS * d_text, width, generator=generator) / width**0.5
     image_proj = {
@@ -69,7 +71,7 @@ def add_branch(network: nn.Module, width: int, seed: int = 0) -> None:
     ip_adapter = {}
     for place, name in enumerate(processors):
         if name in crossing:
-            keys = network.get_submodule(name.removesuffix(".processor")).to_k.weight  # type: ignore[union-attr]
+            keys = unet.get_submodule(name.removesuffix(".processor")).to_k.weight
             ip_adapter[f"{place}.to_k_ip.weight"] = keys.detach().float().clone()
             ip_adapter[f"{place}.to_v_ip.weight"] = torch.zeros_like(ip_adapter[f"{place}.to_k_ip.weight"])
     _load(network, {"image_proj": image_proj, "ip_adapter": ip_adapter})
@@ -89,7 +91,8 @@ def branch_parameters(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def set_people(network: nn.Module, scale_N: Tensor) -> None:
     """Say how strongly the next pass takes the person of each image; 0 is nobody."""
-    for processor in network.attn_processors.values():  # type: ignore[union-attr, operator]
+    unet: Any = network
+    for processor in unet.attn_processors.values():
         if hasattr(processor, "to_k_ip"):
             processor.scale = [RowScale(scale_N)]
 
@@ -122,12 +125,12 @@ def save_branch(network: nn.Module, people: People, folder: Path) -> None:
     """Write the branch as an IP-Adapter, and the people's embeddings beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
-    processors: Mapping[str, Any] = network.attn_processors  # type: ignore[assignment]
-    for place, processor in enumerate(processors.values()):
+    unet: Any = network
+    for place, processor in enumerate(unet.attn_processors.values()):
         if hasattr(processor, "to_k_ip"):
             tensors[f"ip_adapter.{place}.to_k_ip.weight"] = processor.to_k_ip[0].weight
             tensors[f"ip_adapter.{place}.to_v_ip.weight"] = processor.to_v_ip[0].weight
-    projection = network.encoder_hid_proj.image_projection_layers[0]  # type: ignore[union-attr, index]
+    projection = unet.encoder_hid_proj.image_projection_layers[0]
     for name, tensor in projection.state_dict().items():
         tensors[f"image_proj.{name.replace('image_embeds', 'proj')}"] = tensor
     save_file({name: _whole(tensor) for name, tensor in tensors.items()}, folder / ADAPTER, metadata={"format": "pt"})
@@ -148,8 +151,6 @@ def load_branch(network: nn.Module, folder: Path) -> People:
         part, _, rest = name.partition(".")
         state[part][rest] = tensor
     _load(network, state)
-    from safetensors import safe_open
-
     with safe_open(folder / USERS, framework="pt") as file:
         ids = json.loads(file.metadata()["ids"])
         embeddings = file.get_tensor("embeddings")
