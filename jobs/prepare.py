@@ -11,7 +11,7 @@ from palate.artifacts import Artifact, ArtifactError
 from palate.corpora import git, jsonl, lamp, longlamp
 from palate.corpora.preparation import PrepareConfig, Recipe, Runner, prepare, run_local
 from palate.corpora.streams import CorpusError
-from palate.corpora.worlds import personas
+from palate.corpora.worlds import personas, shapes
 from palate.lpo import preparation as rankings
 
 Command = (
@@ -21,6 +21,7 @@ Command = (
     | Annotated[git.GitConfig, subcommand("git")]
     | Annotated[rankings.RankingsConfig, subcommand("rankings")]
     | Annotated[personas.PersonasConfig, subcommand("personas")]
+    | Annotated[shapes.ShapesConfig, subcommand("shapes")]
 )
 
 
@@ -46,6 +47,7 @@ MAKE: dict[type, Callable[[Any], Artifact]] = {
     git.GitConfig: partial(from_records, git.recipe),
     rankings.RankingsConfig: from_rankings,
     personas.PersonasConfig: personas.prepare,
+    shapes.ShapesConfig: shapes.prepare,
 }
 
 
