@@ -257,7 +257,7 @@ def _load_model(name: str, source: str, part: str, library: str, class_name: str
 def _explained(name: str, part: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"--model {name}: {part} cannot be loaded: {error}\nA model is {_NAMES}") from error
 
 
