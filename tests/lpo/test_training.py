@@ -16,7 +16,7 @@ from palate.lpo import objectives
 from palate.lpo.denoising import noise_schedule
 from palate.lpo.encoding import EncodeConfig, Encoded, encode
 from palate.lpo.networks import WeightsConfig, tuned
-from palate.lpo.samples import DrawConfig, ListSample, ListSource, Order
+from palate.lpo.samples import DrawConfig, Drawing, ListSample, ListSource, Order, list_source, read_lists
 from palate.lpo.training import (
     Denoiser,
     ObjectiveConfig,
@@ -47,7 +47,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Encoded]
 
 def source(base: LoadedDiffusion, corpus: tuple[Artifact, Encoded], split: str = "train", **draw: Any) -> ListSource:
     schedule = noise_schedule(base.scheduler)
-    return ListSource(corpus[0], split, corpus[1], schedule, DrawConfig(**draw), scaling=(0.0, 1 / 0.65))
+    return list_source(corpus[0], split, Drawing(corpus[1], schedule, DrawConfig(**draw), scaling=(0.0, 1 / 0.65)))
 
 
 def denoiser_of(base: LoadedDiffusion, seed: int = 0, **weights: Any) -> tuple[Denoiser, list[Any]]:
@@ -255,8 +255,8 @@ def test_a_loss_that_is_no_number_names_the_list(base: LoadedDiffusion, corpus: 
             sample = super().load(index, seed)
             return replace(sample, latents_MCHW=sample.latents_MCHW * torch.nan) if index == 7 else sample
 
-    schedule = noise_schedule(base.scheduler)
-    broken = Broken(corpus[0], "train", corpus[1], schedule, DrawConfig(), scaling=(0.0, 1.0))
+    drawing = Drawing(corpus[1], noise_schedule(base.scheduler), DrawConfig(), scaling=(0.0, 1.0))
+    broken = Broken("lists-train", read_lists(corpus[0], "train"), "", drawing)
     denoiser, parameters = denoiser_of(base)
     config = TuneConfig(steps=1, batch=len(broken))
     with pytest.raises(TrainingStopped, match=f"lists-train/{broken.id(7)}"):
@@ -265,7 +265,7 @@ def test_a_loss_that_is_no_number_names_the_list(base: LoadedDiffusion, corpus: 
 
 def test_an_image_that_was_not_encoded_is_ledgered(base: LoadedDiffusion, corpus: Any, tmp_path: Path) -> None:
     other = toy_lists.write(tmp_path / "lists", [toy_lists.row(n, 2, split="train") for n in range(30)])
-    lists = ListSource(other, "train", corpus[1], noise_schedule(base.scheduler), DrawConfig(), scaling=(0.0, 1.0))
+    lists = list_source(other, "train", Drawing(corpus[1], noise_schedule(base.scheduler), DrawConfig(), (0.0, 1.0)))
     denoiser, parameters = denoiser_of(base)
     summary = tune(
         denoiser, parameters, lists, ObjectiveConfig(), TuneConfig(steps=1, batch=30), str(tmp_path / "run"), World()

@@ -55,15 +55,15 @@ class Gallery:
             return table
         reasons = table["reason"].to_pylist()
         rows = table["row"].to_pylist()
-        for name, contents in (("winner", found.winner_bytes), ("loser", found.loser_bytes)):
-            for index, uid in enumerate(table[name].to_pylist()):
-                if uid is not None and reasons[index] is None:
+        sides = [table[name].to_pylist() for name in ("winner", "loser", "source_image")]
+        held = [found.winner_bytes, found.loser_bytes, None]
+        for index, row in enumerate(rows):
+            for uids, contents in zip(sides, held, strict=True):
+                if uids[index] is not None and reasons[index] is None:
                     content = None if contents is None else contents[index].as_py()
-                    reasons[index] = self._look(uid, content, rows[index])
-        for index, uid in enumerate(table["source_image"].to_pylist()):
-            if uid is not None and reasons[index] is None:
-                reasons[index] = self._look(uid, None, rows[index])
-        return table.set_column(table.schema.get_field_index("reason"), table.schema.field("reason"), [reasons])
+                    reasons[index] = self._look(uids[index], content, row)
+        column = pa.array(reasons, pa.string())
+        return table.set_column(table.schema.get_field_index("reason"), table.schema.field("reason"), column)
 
     def take(self) -> pa.Table:
         """What was collected since the last call, as ``COLLECTED``."""

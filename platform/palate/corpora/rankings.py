@@ -77,12 +77,14 @@ TABLES = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
 
 @dataclass(frozen=True)
 class Unit:
-    """What one task reads: a file, or some row groups of a Parquet file, whose first record has number ``start``."""
+    """What one task reads: a file, or some row groups of a Parquet file, whose first record has number ``start``; with
+    the ``images`` in its records or without."""
 
     path: str
     file: int
     groups: tuple[int, ...] = ()
     start: int = 0
+    images: bool = True
 
     @property
     def name(self) -> str:
@@ -109,8 +111,9 @@ class Format:
     ties: Literal["table", "group"] = "table"
 
 
-def expand(inputs: Sequence[str]) -> list[str]:
-    """Files for paths, patterns and folders of tables, in sorted order; a folder without tables stays a folder.
+def expand(inputs: Sequence[str], keep_folders: bool = False) -> list[str]:
+    """Files for paths, patterns and folders of tables, in sorted order; a folder without tables stays a folder, all do
+    with ``keep_folders``.
 
     Raises:
         CorpusError: nothing is there.
@@ -122,7 +125,8 @@ def expand(inputs: Sequence[str]) -> list[str]:
         for name in sorted(one):
             if filesystem.isdir(name):
                 inside = sorted(file for file in filesystem.find(name) if file.lower().endswith(TABLES))
-                found += [str(filesystem.unstrip_protocol(file)) for file in inside or [name]]
+                listed = [name] if keep_folders or not inside else inside
+                found += [str(filesystem.unstrip_protocol(file)) for file in listed]
             elif filesystem.exists(name):
                 found.append(str(filesystem.unstrip_protocol(name)))
         if not one or not filesystem.exists(one[0]):
@@ -148,14 +152,14 @@ def detect(path: str) -> FormatName:
     )
 
 
-def units(paths: Sequence[str]) -> list[Unit]:
+def units(paths: Sequence[str], images: bool = True) -> list[Unit]:
     """What the tasks read. Records keep their numbers however a file is cut."""
-    return [unit for number, path in enumerate(paths) for unit in _units(path, number)]
+    return [unit for number, path in enumerate(paths) for unit in _units(path, number, images)]
 
 
-def _units(path: str, number: int) -> Iterator[Unit]:
+def _units(path: str, number: int, images: bool) -> Iterator[Unit]:
     if not path.lower().endswith(".parquet"):
-        yield Unit(path, number)
+        yield Unit(path, number, images=images)
         return
     with _parquet(path) as file:
         groups: list[int] = []
@@ -165,10 +169,10 @@ def _units(path: str, number: int) -> Iterator[Unit]:
             groups.append(index)
             rows, size = rows + group.num_rows, size + group.total_byte_size
             if rows >= UNIT_ROWS or size >= UNIT_BYTES:
-                yield Unit(path, number, tuple(groups), start)
+                yield Unit(path, number, tuple(groups), start, images)
                 groups, start, rows, size = [], start + rows, 0, 0
         if groups:
-            yield Unit(path, number, tuple(groups), start)
+            yield Unit(path, number, tuple(groups), start, images)
 
 
 def _parquet(path: str) -> pq.ParquetFile:
@@ -195,7 +199,7 @@ def _fields(path: str) -> frozenset[str]:
 def records(unit: Unit) -> Iterator[tuple[int, Any]]:
     """Number and value of each record; the value of a line that is no JSON is its error."""
     if unit.path.lower().endswith((".parquet", ".csv", ".tsv")):
-        for start, table in tables(unit):
+        for start, table in tables(unit, CHUNK_ROWS_WITH_IMAGES):  # there may be images in them
             yield from enumerate(table.to_pylist(), start)
     elif unit.path.lower().endswith(".jsonl") or first_byte(unit.path) == b"{":
         yield from enumerate(json_lines(unit.path))
@@ -336,11 +340,11 @@ _PICKAPIC = (
 
 def read_pickapic(unit: Unit) -> Iterator[Found]:
     """Pairs with labels (1, 0), (0, 1) or (0.5, 0.5); others' scripts take the last for a win of image 0."""
-    with_images = "jpg_0" in _fields(unit.path)
+    with_images = unit.images and "jpg_0" in _fields(unit.path)
     rows = CHUNK_ROWS_WITH_IMAGES if with_images else CHUNK_ROWS
-    for start, table in tables(unit, rows, _PICKAPIC):
+    for start, table in tables(unit, rows, _PICKAPIC if with_images else _PICKAPIC[:-2]):
         first, second = (column(table, f"label_{side}", pa.float64()) for side in (0, 1))
-        wins = pc.fill_null(pc.greater(first, second), False)
+        wins = pc.fill_null(pc.greater_equal(first, second), True)
         total = pc.add(first, second)
         known = pc.and_(
             pc.equal(total, 1.0), pc.or_(pc.equal(first, 0.5), pc.equal(pc.abs(pc.subtract(first, second)), 1))

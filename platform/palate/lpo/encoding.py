@@ -235,10 +235,12 @@ def _picture(row: Mapping[str, Any], resolution: int) -> Picture:
 def _captions(lists: Artifact) -> list[str]:
     """Every caption, or instruction where images are edited, and the empty one that stands for a dropped prompt."""
     found = {""}
-    for path in lists.paths("lists/", ".parquet"):
-        table = pq.read_table(lists.local(path), columns=["caption", "instruction"])
-        for caption, instruction in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
-            found.add(caption if instruction is None else instruction)
+    for folder in ("lists/", "scenes/", "edits/"):
+        for path in lists.paths(folder, ".parquet"):
+            file = lists.local(path)
+            names = [name for name in ("caption", "instruction") if name in pq.read_schema(file).names]
+            for row in pq.read_table(file, columns=names).to_pylist():
+                found.add(row.get("instruction") or row["caption"])
     return sorted(found)
 
 

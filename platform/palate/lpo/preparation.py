@@ -112,7 +112,7 @@ def prepare(config: RankingsConfig, runner: Runner = run_local) -> artifacts.Art
         ArtifactMismatch: something else is there.
     """
     _check(config)
-    paths = rankings.expand([absolute(path) for path in config.input])
+    paths = rankings.expand([absolute(path) for path in config.input], config.format == "folders")
     inputs = {f"input {number}": _digest(path) for number, path in enumerate(paths)}
     identity = {**configs.identity(config), "inputs": inputs}
     config = dataclasses.replace(config, out=absolute(config.out))
@@ -120,7 +120,8 @@ def prepare(config: RankingsConfig, runner: Runner = run_local) -> artifacts.Art
         _remove_work(config.out)
     with artifacts.writing(config.out, kind=RANKED_LISTS, config=identity, fresh=config.fresh) as writer:
         if writer is not None:
-            _Preparation(config, _settings(config, paths), rankings.units(paths), paths, identity, runner).write(writer)
+            units = rankings.units(paths, images=config.images != "skip")
+            _Preparation(config, _settings(config, paths), units, paths, identity, runner).write(writer)
     _remove_work(config.out)
     return artifacts.open_artifact(config.out, RANKED_LISTS)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from palate.artifacts import Artifact
+from palate.corpora.schema import LISTS
 from palate.lpo.denoising import Conditioning, NoiseSchedule, draw_timesteps
 from palate.lpo.encoding import Encoded, Latents
 from palate.training.stream import CorruptSample
@@ -75,43 +76,87 @@ class Users:
         return None if user_id is None else self.places.get(user_id)
 
 
-class ListSource:
-    """The ranked lists of one split, as a source of the exact stream.
+@dataclass(frozen=True)
+class Drawing:
+    """How a record becomes a sample.
 
-    Args:
-        encoded: latents and texts of these lists.
+    Attributes:
+        encoded: latents and texts of the records.
         scaling: ``(shift, factor)``: what the network sees is ``(latent - shift) * factor``.
-        editing: the lists are edits of a source image, by an instruction.
-
-    Raises:
-        ValueError: the split has no list.
+        editing: images are edits of a source image, by an instruction.
+        sized: the network is told sizes and crops (SDXL).
+        users: people with an embedding; None where the network knows none.
     """
 
-    def __init__(
-        self,
-        lists: Artifact,
-        split: str,
-        encoded: Encoded,
-        schedule: NoiseSchedule,
-        draw: DrawConfig,
-        *,
-        scaling: tuple[float, float],
-        editing: bool = False,
-        sized: bool = False,
-        users: Users | None = None,
-        only_users: frozenset[str] | None = None,
-    ) -> None:
-        self.name = f"lists-{split}"
-        self._table = read_lists(lists, split, only_users)
-        if not self._table.num_rows:
-            raise ValueError(
-                f"{lists.url} has no list in split {split!r}: look at its report.json, or prepare more data"
-            )
-        self._ids = self._table["list_id"].to_pylist()
-        self.fingerprint = hashlib.sha256("\n".join([lists.digest, split, *self._ids]).encode()).hexdigest()[:16]
-        self._encoded, self._schedule, self._draw = encoded, schedule, draw
-        self._shift, self._factor = scaling
-        self._editing, self._sized, self._users = editing, sized, users
+    encoded: Encoded
+    schedule: NoiseSchedule
+    config: DrawConfig
+    scaling: tuple[float, float]
+    editing: bool = False
+    sized: bool = False
+    users: Users | None = None
+
+    def sample(self, row: Mapping[str, Any], seed: int) -> ListSample:
+        """Draw from one record of ``LISTS``.
+
+        Raises:
+            KeyError: an image or a text of it was not encoded.
+        """
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        found = [self.encoded.latents(item["image_uid"]) for item in row["items"]]
+        source = self.encoded.latents(row["source_image"]) if self.editing else None
+        config, count = self.config, len(found)
+        # Drawn whatever the options are, so that they change nothing but what they say.
+        uniform, prompt, image, person = torch.rand(4, generator=generator).tolist()
+        index_M = draw_timesteps(self.schedule, count, generator)
+        noise_MCHW = torch.randn(count, *found[0].mean.shape, generator=generator)
+        spread_MCHW = torch.randn(count, *found[0].mean.shape, generator=generator)
+        if config.share_timestep:
+            index_M = index_M[:1].expand(count)
+        if config.share_noise:
+            noise_MCHW = noise_MCHW[:1].expand(count, *noise_MCHW.shape[1:])
+        means = torch.stack([one.mean for one in found])
+        deviations = torch.stack([one.deviation for one in found])
+        shift, factor = self.scaling
+        latents_MCHW = (means + deviations * spread_MCHW - shift) * factor
+        without_text, without_source = prompt < config.prompt_dropout, False
+        if self.editing:
+            # Text alone, both, image alone, equally often (arXiv 2211.09800, 3.2.1).
+            share = config.source_dropout
+            without_text, without_source = image < 2 * share, share <= image < 3 * share
+        text = self.encoded.text("" if without_text else row["instruction"] if self.editing else row["caption"])
+        given = Conditioning(
+            text_NLD=text.text.expand(count, *text.text.shape),
+            pooled_NP=None if text.pooled is None else text.pooled.expand(count, -1),
+            time_ids_N6=self._time_ids(found) if self.sized else None,
+            source_NCHW=None if source is None else _source(source, without_source, count),
+            **self._person(row["user_id"], person < config.user_dropout, count),
+        )
+        return ListSample(order_of(row), latents_MCHW, noise_MCHW, index_M, given, float(row["weight"]), uniform)
+
+    def _time_ids(self, found: Sequence[Latents]) -> Tensor:
+        """SDXL's (arXiv 2307.01952, 2.2): original height and width, crop top and left, target height and width."""
+        side = self.encoded.resolution
+        return torch.tensor([[*one.original, *one.crop, side, side] for one in found], dtype=torch.float32)
+
+    def _person(self, user_id: str | None, dropped: bool, count: int) -> dict[str, Tensor]:
+        if self.users is None:
+            return {}
+        place = self.users.place(user_id)
+        known = place is not None and not dropped
+        return {
+            "user_NJ": torch.full((count, 1), float(place or 0)),  # the place; the trainer looks the embedding up
+            "user_scale_N": torch.full((count,), float(known)),
+        }
+
+
+class ListSource:
+    """Records of ``LISTS`` as a source of the exact stream; ``digest`` says which they are."""
+
+    def __init__(self, name: str, table: pa.Table, digest: str, drawing: Drawing) -> None:
+        self.name, self._table, self._drawing = name, table, drawing
+        self._ids = table["list_id"].to_pylist()
+        self.fingerprint = hashlib.sha256("\n".join([digest, *self._ids]).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -120,64 +165,59 @@ class ListSource:
         return str(self._ids[index])
 
     def row(self, index: int) -> dict[str, Any]:
-        """The list's record."""
+        """The record."""
         return dict(self._table.slice(index, 1).to_pylist()[0])
 
     def load(self, index: int, seed: int) -> ListSample:
-        row = self.row(index)
-        generator = torch.Generator().manual_seed(seed % 2**63)
         try:
-            found = [self._encoded.latents(item["image_uid"]) for item in row["items"]]
-            source = self._encoded.latents(row["source_image"]) if self._editing else None
-            return self._drawn(row, found, source, generator)
+            return self._drawing.sample(self.row(index), seed)
         except KeyError as error:
             raise CorruptSample(str(error.args[0])) from None
 
-    def _drawn(
-        self, row: Mapping[str, Any], found: Sequence[Latents], source: Latents | None, generator: torch.Generator
-    ) -> ListSample:
-        draw, count = self._draw, len(found)
-        # Drawn whatever the options are, so that they change nothing but what they say.
-        uniform, prompt, image, person = torch.rand(4, generator=generator).tolist()
-        index_M = draw_timesteps(self._schedule, count, generator)
-        noise_MCHW = torch.randn(count, *found[0].mean.shape, generator=generator)
-        spread_MCHW = torch.randn(count, *found[0].mean.shape, generator=generator)
-        if draw.share_timestep:
-            index_M = index_M[:1].expand(count)
-        if draw.share_noise:
-            noise_MCHW = noise_MCHW[:1].expand(count, *noise_MCHW.shape[1:])
-        means = torch.stack([one.mean for one in found])
-        deviations = torch.stack([one.deviation for one in found])
-        latents_MCHW = (means + deviations * spread_MCHW - self._shift) * self._factor
-        without_text, without_source = prompt < draw.prompt_dropout, False
-        if self._editing:
-            # Text alone, both, image alone, equally often (arXiv 2211.09800, 3.2.1).
-            share = draw.source_dropout
-            without_text, without_source = image < 2 * share, share <= image < 3 * share
-        text = self._encoded.text("" if without_text else row["instruction"] if self._editing else row["caption"])
-        given = Conditioning(
-            text_NLD=text.text.expand(count, *text.text.shape),
-            pooled_NP=None if text.pooled is None else text.pooled.expand(count, -1),
-            time_ids_N6=self._time_ids(found) if self._sized else None,
-            source_NCHW=None if source is None else _source(source, without_source, count),
-            **self._person(row["user_id"], person < draw.user_dropout, count),
-        )
-        return ListSample(order_of(row), latents_MCHW, noise_MCHW, index_M, given, float(row["weight"]), uniform)
 
-    def _time_ids(self, found: Sequence[Latents]) -> Tensor:
-        """SDXL's (arXiv 2307.01952, 2.2): original height and width, crop top and left, target height and width."""
-        side = self._encoded.resolution
-        return torch.tensor([[*one.original, *one.crop, side, side] for one in found], dtype=torch.float32)
+def list_source(lists: Artifact, split: str, drawing: Drawing, only_users: frozenset[str] | None = None) -> ListSource:
+    """The ranked lists of a split, of some people only if wanted.
 
-    def _person(self, user_id: str | None, dropped: bool, count: int) -> dict[str, Tensor]:
-        if self._users is None:
-            return {}
-        place = self._users.place(user_id)
-        known = place is not None and not dropped
-        return {
-            "user_NJ": torch.full((count, 1), float(place or 0)),  # the place; the trainer looks the embedding up
-            "user_scale_N": torch.full((count,), float(known)),
+    Raises:
+        ValueError: the split has no list.
+    """
+    table = read_lists(lists, split, only_users)
+    if not table.num_rows:
+        raise ValueError(f"{lists.url} has no list in split {split!r}: look at its report.json, or prepare more data")
+    return ListSource(f"lists-{split}", table, f"{lists.digest} {split}", drawing)
+
+
+def image_source(corpus: Artifact, split: str, drawing: Drawing) -> ListSource:
+    """The captioned images of a split, or its edits, each a list of one: what a base model is trained on.
+
+    Raises:
+        ValueError: the corpus has no such images.
+    """
+    folder, columns = ("edits", _EDITS) if drawing.editing else ("scenes", _SCENES)
+    paths = corpus.paths(f"{folder}/", ".parquet")
+    if not paths:
+        raise ValueError(f"{corpus.url} has no {folder}/: its lists come without images to train a base model on")
+    found = pa.concat_tables([pq.read_table(corpus.local(path)) for path in paths])
+    found = found.filter(pc.equal(found["split"], split))
+    nothing = {"edges": [], "kind": "full", "weight": 1.0}
+    rows = [
+        {
+            "list_id": f"{place}",
+            "split": split,
+            "items": [{"image_uid": one[columns["image"]], "tie_group": 0}],
+            "source_image": one.get(columns["source"]),
+            "instruction": one.get("instruction"),
+            "caption": one["caption"],
+            **nothing,
         }
+        for place, one in enumerate(found.to_pylist())
+    ]
+    table = pa.Table.from_pylist(rows, schema=LISTS)
+    return ListSource(f"{folder}-{split}", table, f"{corpus.digest} {folder} {split}", drawing)
+
+
+_SCENES = {"image": "image_uid", "source": ""}
+_EDITS = {"image": "target_uid", "source": "source_uid"}
 
 
 def read_lists(lists: Artifact, split: str, only_users: frozenset[str] | None = None) -> pa.Table:

@@ -25,7 +25,7 @@ from palate.lpo import personal, sampling
 from palate.lpo.denoising import noise_schedule
 from palate.lpo.encoding import EncodeConfig, Encoded, encode
 from palate.lpo.networks import TRAINED, WeightsConfig, tuned
-from palate.lpo.samples import DrawConfig, ListSource, Users, read_lists
+from palate.lpo.samples import DrawConfig, Drawing, Users, image_source, list_source, read_lists
 from palate.lpo.sampling import SampleConfig
 from palate.lpo.training import Denoiser, ObjectiveConfig, TuneConfig, measure, tune
 from palate.models.diffusion import LoadedDiffusion, load_diffusion
@@ -55,6 +55,9 @@ class LpoConfig:
     """Folder or URL of the run."""
     model: str = "shapes"
     """Base model: a hub id or a folder of a diffusers pipeline."""
+    train_on: Literal["lists", "images"] = "lists"
+    """images: the captioned images, or edits, that come beside the lists, to train a base model (with --learn.objective
+    denoising and --weights.weights full)."""
     seed: int = 0
     """Of everything that is drawn."""
     encode: EncodeConfig = field(default_factory=EncodeConfig)
@@ -91,6 +94,8 @@ def pipeline(config: LpoConfig, world: World) -> Artifact:
         TrainingStopped: a guard ended the training.
         ValueError: settings, model and lists do not go together.
     """
+    if config.train_on == "images" and config.learn.objective != "denoising":
+        raise ValueError("--train-on images has nothing that is ranked: it goes with --learn.objective denoising")
     lists = artifacts.open_artifact(config.lists, RANKED_LISTS)
     out = join(config.out, "tuned")
     described = identity(config)
@@ -137,11 +142,9 @@ class _Run:
             )
         return tuple(sorted(found))
 
-    def source(self, split: str) -> ListSource:
+    def drawing(self) -> Drawing:
         loaded = self.loaded
-        return ListSource(
-            self.lists,
-            split,
+        return Drawing(
             self.encoded,
             self.schedule,
             self.config.draw,
@@ -177,7 +180,7 @@ class _Run:
         summary = tune(
             denoiser,
             parameters,
-            self.source("train"),
+            (image_source if config.train_on == "images" else list_source)(self.lists, "train", self.drawing()),
             config.learn,
             config.tune,
             join(config.out, "training"),
@@ -193,7 +196,9 @@ class _Run:
         report = {"seconds": seconds}
         for split in ("validation", "test"):
             if read_lists(self.lists, split).num_rows:
-                measured = measure(self.denoiser, self.source(split), self.config.learn, self.config.tune)
+                measured = measure(
+                    self.denoiser, list_source(self.lists, split, self.drawing()), self.config.learn, self.config.tune
+                )
                 report |= {f"{split}/{name}": value for name, value in measured.items()}
         pipeline = self.loaded.pipeline
         network = self.loaded.denoiser
