@@ -192,7 +192,7 @@ class _Preparation:
             raise CorpusError(f"no list is left: {_readable(reasons + counts)}. Check the input")
         image_buckets = sorted({bucket for one in read_units for bucket in one["image_buckets"]})
         collect = partial(_finish_images, sources=sources, out=writer.url)
-        images = _total(self.runner(Step("images", collect, image_buckets)))
+        images = _total(self.runner(Step("images", collect, image_buckets)) if image_buckets else [])
         self._write_quarantine(writer, sources)
         report = self._report(records, reasons, counts, images, linked)
         writer.write_json("report.json", report)
