@@ -18,7 +18,7 @@ from palate.lpo import encoding
 from palate.lpo.encoding import EncodeConfig, Encoded, encode, read_picture
 from palate.models.diffusion import encode_images, encode_text, load_diffusion
 
-CONFIG = EncodeConfig(resolution=16, dtype="float32", batch=5)
+CONFIG = EncodeConfig(resolution=16, latent_dtype="float32", encode_batch=5)
 
 
 def test_what_is_read_is_what_the_encoders_give(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_what_is_read_is_what_the_encoders_give(tmp_path: Path) -> None:
 def test_half_precision_takes_half_the_space_and_keeps_three_digits(tmp_path: Path) -> None:
     lists = toy_lists.lists(tmp_path / "lists", 4)
     whole = encode(lists, "shapes", str(tmp_path / "whole"), CONFIG)
-    half = encode(lists, "shapes", str(tmp_path / "half"), EncodeConfig(resolution=16, dtype="float16"))
+    half = encode(lists, "shapes", str(tmp_path / "half"), EncodeConfig(resolution=16, latent_dtype="float16"))
     assert half.artifact.summary["bytes"] * 2 == whole.artifact.summary["bytes"]
     torch.testing.assert_close(half.latents("i0-0").mean, whole.latents("i0-0").mean, rtol=1e-3, atol=1e-3)
 

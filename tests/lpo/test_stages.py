@@ -27,7 +27,7 @@ def config(lists: Artifact, out: Path, **changes: Any) -> LpoConfig:
     return LpoConfig(
         lists=lists.url,
         out=str(out),
-        encode=EncodeConfig(resolution=16, dtype="float32", batch=32),
+        encode=EncodeConfig(resolution=16, latent_dtype="float32", encode_batch=32),
         learn=ObjectiveConfig(kl_beta=50.0),
         tune=TuneConfig(steps=3, batch=4, learning_rate=3e-3, checkpoint_every=2),
         sample=SampleConfig(sampler_steps=2),

@@ -42,7 +42,7 @@ def base() -> LoadedDiffusion:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Encoded]:
     folder = tmp_path_factory.mktemp("lists")
     lists = toy_lists.lists(folder / "lists")
-    return lists, encode(lists, "shapes", str(folder / "encoded"), EncodeConfig(resolution=16, dtype="float32"))
+    return lists, encode(lists, "shapes", str(folder / "encoded"), EncodeConfig(resolution=16, latent_dtype="float32"))
 
 
 def source(base: LoadedDiffusion, corpus: tuple[Artifact, Encoded], split: str = "train", **draw: Any) -> ListSource:

@@ -26,7 +26,9 @@ from PIL import Image
 from torch import Tensor
 
 from palate import artifacts
+from palate import config as configs
 from palate.artifacts import Artifact, Writer
+from palate.config import scale
 from palate.corpora.preparation import Runner, Step, run_local
 from palate.models.diffusion import LoadedDiffusion, encode_images, encode_text, load_diffusion
 
@@ -58,14 +60,14 @@ class EncodeConfig:
 
     resolution: int = 512
     """Pixels of a side; must suit the base model."""
-    dtype: Literal["float16", "float32"] = "float16"
+    latent_dtype: Literal["float16", "float32"] = "float16"
     """Of what is stored."""
-    batch: int = 8
+    encode_batch: int = scale(8)
     """Images, or captions, that go through the encoders at once."""
-    max_disk_gb: float = 100.0
+    max_disk_gb: float = scale(100.0)
     """Refuse to begin when the result would take more."""
-    device: str = "cpu"
-    """Where the encoders run."""
+    encode_device: str | None = scale(None)
+    """Where the encoders run; None: where the training does."""
 
 
 class Picture(NamedTuple):
@@ -109,7 +111,7 @@ def encode(
     if fresh:
         for folder in artifacts.folders(out):
             artifacts.discard(folder)
-    identity = {"model": model, "resolution": config.resolution, "dtype": config.dtype}
+    identity = {"model": model, **configs.identity(config)}
     index = artifacts.join(out, "index")
     if artifacts.finished(index, kind=ENCODED, config=identity, inputs={"lists": lists}) is None:
         encoding = _Encoding(lists, model, out, config, identity)
@@ -121,7 +123,7 @@ def encode(
         runner(Step("encode captions", encoding.captions, list(enumerate(parts))))
 
         def produce(writer: Writer) -> None:
-            writer.write_json("shapes.json", {"dtype": config.dtype, "resolution": config.resolution, **shapes})
+            writer.write_json("shapes.json", {"dtype": config.latent_dtype, "resolution": config.resolution, **shapes})
             writer.summary.update(summary)
 
         artifacts.ensure(index, produce, kind=ENCODED, config=identity, inputs={"lists": lists})
@@ -140,8 +142,8 @@ class _Encoding:
         """The shapes of what is stored, and its extent, which is printed and must fit on the disk."""
         config = self.config
         images = sum(pq.read_metadata(self.lists.local(path)).num_rows for path in shards)
-        shapes = _shapes(_loaded(self.model, config.device), config)
-        sizes = {name: np.dtype(config.dtype).itemsize * int(np.prod(shape)) for name, shape in shapes.items()}
+        shapes = _shapes(_loaded(self.model, config.encode_device), config)
+        sizes = {name: np.dtype(config.latent_dtype).itemsize * int(np.prod(shape)) for name, shape in shapes.items()}
         needed = 2 * images * sizes.pop("latents") + len(captions) * sum(sizes.values())
         print(f"encoding {images} images and {len(captions)} captions: {needed / 2**30:.2f} GiB", flush=True)
         allowed = config.max_disk_gb * 2**30
@@ -159,19 +161,19 @@ class _Encoding:
     def images(self, task: tuple[int, str]) -> dict[str, Any]:
         """Encode one file of images into a shard."""
         number, path = task
-        loaded, config = _loaded(self.model, self.config.device), self.config
+        loaded, config = _loaded(self.model, self.config.encode_device), self.config
 
         def rows() -> Iterator[list[dict[str, Any]]]:
             with pq.ParquetFile(self.lists.local(path)) as file:
-                for batch in file.iter_batches(config.batch):
+                for batch in file.iter_batches(config.encode_batch):
                     found = batch.to_pylist()
                     pictures = [_picture(row, config.resolution) for row in found]
                     means, deviations = encode_images(loaded, torch.stack([picture.pixels for picture in pictures]))
                     yield [
                         {
                             "image_uid": row["image_uid"],
-                            "mean": _bytes(mean, config.dtype),
-                            "deviation": _bytes(deviation, config.dtype),
+                            "mean": _bytes(mean, config.latent_dtype),
+                            "deviation": _bytes(deviation, config.latent_dtype),
                             "original": picture.original,
                             "crop": picture.crop,
                         }
@@ -183,18 +185,18 @@ class _Encoding:
     def captions(self, task: tuple[int, Sequence[str]]) -> dict[str, Any]:
         """Encode some captions into a shard."""
         number, captions = task
-        loaded, config = _loaded(self.model, self.config.device), self.config
+        loaded, config = _loaded(self.model, self.config.encode_device), self.config
 
         def rows() -> Iterator[list[dict[str, Any]]]:
-            for start in range(0, len(captions), config.batch):
-                some = list(captions[start : start + config.batch])
+            for start in range(0, len(captions), config.encode_batch):
+                some = list(captions[start : start + config.encode_batch])
                 found = encode_text(loaded, some)
                 texts, pooled = found["prompt_embeds"], found.get("pooled_prompt_embeds")
                 yield [
                     {
                         "caption": caption,
-                        "text": _bytes(texts[index], config.dtype),
-                        "pooled": None if pooled is None else _bytes(pooled[index], config.dtype),
+                        "text": _bytes(texts[index], config.latent_dtype),
+                        "pooled": None if pooled is None else _bytes(pooled[index], config.latent_dtype),
                     }
                     for index, caption in enumerate(some)
                 ]
@@ -254,15 +256,15 @@ def _shapes(loaded: LoadedDiffusion, config: EncodeConfig) -> dict[str, list[int
 
 
 @lru_cache(maxsize=1)
-def _loaded(model: str, device: str) -> LoadedDiffusion:
+def _loaded(model: str, device: str | None) -> LoadedDiffusion:
     """The encoders, loaded once a process."""
-    return load_diffusion(model, device=device)
+    return load_diffusion(model, device=device or "cpu")
 
 
 def _bytes(tensor: Tensor, dtype: str) -> bytes:
     found = tensor.float().cpu().numpy().astype(dtype)
     if not np.isfinite(found).all():
-        raise ValueError(f"the encoder gave values that are not finite in {dtype}: encode with --dtype float32")
+        raise ValueError(f"the encoder gave values that are not finite in {dtype}: encode with --latent-dtype float32")
     return bytes(found.tobytes())
 
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 from PIL import Image, ImageDraw
 
+from palate.config import scale
 from palate.progress import track
 
 
@@ -20,7 +22,7 @@ class SampleConfig:
     """Classifier-free guidance of the text."""
     image_guidance: float = 1.5
     """Editing: guidance of the source image."""
-    batch: int = 4
+    batch: Annotated[int, tyro.conf.arg(name="sample-batch")] = scale(4)
     """Images made together."""
 
 
@@ -54,8 +56,8 @@ def generate(
             given |= {"image": list(sources[span]), "image_guidance_scale": config.image_guidance}
         if embeddings is not None:
             one = embeddings[span, None].to(device)
-            # Both sides of the guidance have the person: it is of the text alone.
-            given["ip_adapter_image_embeds"] = [torch.cat([one, one]) if config.guidance > 1 else one]
+            # All sides of the guidance have the person: it is of the text, and of the source image, alone.
+            given["ip_adapter_image_embeds"] = [one.repeat(config.sides(sources is not None), 1, 1)]
         made += pipeline(
             **given,
             # A generator of its own for each image, on the CPU: the same noise in any batch, on any device.

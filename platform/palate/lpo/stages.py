@@ -9,7 +9,7 @@ Started again, the pipeline skips what is finished and goes on where it was.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -56,8 +56,8 @@ class LpoConfig:
     model: str = "shapes"
     """Base model: a hub id or a folder of a diffusers pipeline."""
     train_on: Literal["lists", "images"] = "lists"
-    """images: the captioned images, or edits, that come beside the lists, to train a base model (with --learn.objective
-    denoising and --weights.weights full)."""
+    """images: the captioned images, or edits, beside the lists, to train a base model (with --objective denoising
+    and --weights full)."""
     seed: int = 0
     """Of everything that is drawn."""
     encode: EncodeConfig = field(default_factory=EncodeConfig)
@@ -95,7 +95,7 @@ def pipeline(config: LpoConfig, world: World) -> Artifact:
         ValueError: settings, model and lists do not go together.
     """
     if config.train_on == "images" and config.learn.objective != "denoising":
-        raise ValueError("--train-on images has nothing that is ranked: it goes with --learn.objective denoising")
+        raise ValueError("--train-on images has nothing that is ranked: it goes with --objective denoising")
     lists = artifacts.open_artifact(config.lists, RANKED_LISTS)
     out = join(config.out, "tuned")
     described = identity(config)
@@ -103,7 +103,8 @@ def pipeline(config: LpoConfig, world: World) -> Artifact:
         return found
     if world.main:
         with progress.stage("encode"):
-            encode(lists, config.model, join(config.out, "encoded"), config.encode)
+            device = config.encode.encode_device or str(world.device)
+            encode(lists, config.model, join(config.out, "encoded"), replace(config.encode, encode_device=device))
     world.barrier()
     encoded = Encoded(join(config.out, "encoded"))
     loaded = load_diffusion(config.model, device=str(world.device))

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import torch
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from palate.serving import engine
 from palate.serving.answering import Answering, NotFinite, chat_log_probs, envelope, text_log_probs, usage
 from palate.serving.engine import BASE, Completion, Event
-from palate.serving.metrics import Metrics
+from palate.serving.metrics import Metrics, RequestMetrics
 from palate.serving.schemas import (
     MAX_SEED,
     ChatRequest,
@@ -37,6 +37,7 @@ from palate.serving.service import Hosted, Served, Service
 from palate.serving.text import decode
 from palate.serving.worker import EngineFailed, Overloaded
 from palate.users.checks import require_id
+from palate.users.database import Database
 from palate.users.keys import authenticate
 from palate.users.records import ExportedPerson, PastText, Person
 
@@ -78,25 +79,50 @@ class Caller:
     key: str
 
 
+class Limits(Protocol):
+    """What of a server's settings the middleware reads."""
+
+    @property
+    def require_keys(self) -> bool: ...
+    @property
+    def max_in_flight(self) -> int: ...
+    @property
+    def max_body_bytes(self) -> int: ...
+
+
+class Guarded(Protocol):
+    """What stands behind an application: its limits, and the database that holds the keys."""
+
+    @property
+    def settings(self) -> Limits: ...
+    @property
+    def store(self) -> Database: ...
+
+
 def create_app(service: Service) -> FastAPI:
     """The application over ``service``; the service is started and stopped by whoever made it."""
+    return guarded_app("Personalized text in OpenAI's shapes.", routes, service, Metrics(service))
+
+
+def guarded_app(description: str, router: APIRouter, service: Guarded, metrics: RequestMetrics) -> FastAPI:
+    """Routes behind keys, bounds, OpenAI's errors and counts; ``app.state`` holds service and metrics."""
     app = FastAPI(
         title="Palate",
-        description="Personalized text in OpenAI's shapes.",
+        description=description,
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
         redirect_slashes=False,
     )
-    app.state.service, app.state.metrics, app.state.in_flight = service, Metrics(service), Counter[str]()
-    app.include_router(routes)
+    app.state.service, app.state.metrics, app.state.in_flight = service, metrics, Counter[str]()
+    app.include_router(router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(AnyHTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
     app.add_middleware(BoundedBody, most=service.settings.max_body_bytes)
     app.add_middleware(Authenticated, service=service)
-    app.add_middleware(Counted, metrics=app.state.metrics)
+    app.add_middleware(Counted, metrics=metrics)
     return app
 
 
@@ -136,7 +162,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 async def chat_completions(body: ChatRequest, request: Request, by: By) -> Response:
     """An answer in the person's manner; ``user`` names the person."""
     service = _service(request)
-    with _refusing():
+    with refusing():
         body.require_supported()
         turns = body.turns()  # refuses parts that are no text
     hosted = _hosted(service, body.model)
@@ -156,7 +182,7 @@ async def chat_completions(body: ChatRequest, request: Request, by: By) -> Respo
 async def completions(body: CompletionRequest, request: Request, by: By) -> Response:
     """The plain continuation of a prompt, without a chat template."""
     service = _service(request)
-    with _refusing():
+    with refusing():
         body.require_supported()
     hosted = _hosted(service, body.model)
     _require_short(hosted, body)
@@ -188,7 +214,7 @@ async def model(model: str, request: Request, by: By) -> dict[str, Any]:
 async def put_user(user_id: str, body: HistoryRequest, request: Request, by: By, wait: bool = False) -> Response:
     """Replace a person's texts, oldest first; their vector follows. ``?wait=true`` answers when it is fitted."""
     service = _service(request)
-    user = _require_user(user_id)
+    user = require_user(user_id)
     texts = [PastText(text.input, text.output, text.date) for text in body.texts]
     write = partial(service.store.put_history, by.tenant, user, texts)
     return await _follow(request, by, lambda: write()[0], wait)
@@ -198,7 +224,7 @@ async def put_user(user_id: str, body: HistoryRequest, request: Request, by: By,
 async def feedback(body: FeedbackRequest, request: Request, by: By, wait: bool = False) -> Response:
     """What a person made of an answer; it becomes the latest of their texts."""
     service = _service(request)
-    user = _require_user(body.user, "user")
+    user = require_user(body.user, "user")
     add = partial(service.store.add_feedback, by.tenant, user, body.prompt, body.answer, body.edited)
     return await _follow(request, by, add, wait)
 
@@ -210,7 +236,7 @@ async def users(request: Request, by: By, after: str = "", limit: int = 100) -> 
     if not 1 <= limit <= 1000:
         raise ApiError(400, f"'limit' must lie in 1..1000, found {limit}", param="limit")
     if after:
-        _require_user(after, "after")
+        require_user(after, "after")
     found = await asyncio.to_thread(service.store.people, by.tenant, after, limit)
     return {"object": "list", "data": found, "has_more": len(found) == limit}
 
@@ -235,7 +261,7 @@ async def get_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
 async def delete_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
     """Remove a person: texts, vectors and feedback."""
     service = _service(request)
-    user = _require_user(user_id)
+    user = require_user(user_id)
     if not await asyncio.to_thread(service.store.delete, by.tenant, user):
         raise _no_person(user)
     service.cache.forget(by.tenant, user)
@@ -257,7 +283,7 @@ async def export_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
 async def import_user(user_id: str, body: ExportedPerson, request: Request, by: By) -> Response:
     """Put an exported person in the place of what is kept under this id."""
     service = _service(request)
-    user = _require_user(user_id)
+    user = require_user(user_id)
     content = body.model_copy(update={"user_id": user})
     return await _follow(request, by, partial(service.store.restore, by.tenant, content), False)
 
@@ -265,7 +291,7 @@ async def import_user(user_id: str, body: ExportedPerson, request: Request, by: 
 @routes.api_route("/v1/users/{rest:path}", methods=["GET", "PUT", "POST", "DELETE", "PATCH"], include_in_schema=False)
 async def no_such_user(rest: str, by: By) -> Response:
     """What no other route takes: an id with a path in it, or a method that is none."""
-    _require_user(rest)
+    require_user(rest)
     raise ApiError(405, "this method is not for people")
 
 
@@ -350,7 +376,8 @@ class _Text:
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
+def refusing() -> Iterator[None]:
+    """Answer what is not supported with a 400 that names it."""
     try:
         yield
     except Unsupported as error:
@@ -382,10 +409,15 @@ def _hosted(service: Service, name: str) -> Hosted:
 
 
 def _user(value: str | None) -> str | None:
-    return None if value is None else _require_user(value, "user")
+    return None if value is None else require_user(value, "user")
 
 
-def _require_user(value: str, param: str = "user_id") -> str:
+def require_user(value: str, param: str = "user_id") -> str:
+    """``value`` if it can be the id of a person.
+
+    Raises:
+        ApiError: naming ``param``.
+    """
     try:
         return require_id(value, param)
     except ValueError as error:
@@ -399,7 +431,7 @@ def _no_person(user_id: str) -> ApiError:
 
 
 async def _person(service: Service, by: Caller, user_id: str) -> Person:
-    user = _require_user(user_id)
+    user = require_user(user_id)
     person = await asyncio.to_thread(service.store.person, by.tenant, user)
     if person is None:
         raise _no_person(user)
@@ -471,32 +503,32 @@ async def _answer(
 ) -> Response:
     """Start the requests, and answer whole or as a stream once the first token is there."""
     metrics = request.app.state.metrics
-    release = _take_places(request, by, len(asked))
+    release = take_places(request, by, len(asked))
     started = request.state.started
     try:
         answering = Answering(hosted.worker, asked)
     except Overloaded as error:
         release()
-        raise _translated(error) from error
+        raise translated(error) from error
 
     async def close() -> None:
         release()
         await answering.close()
 
     try:
-        first = await _unless_gone(request, answering.next())
+        first = await unless_gone(request, answering.next())
         metrics.first_token(time.perf_counter() - started)
         headers = {PERSONALIZATION: served.state}
         if body.stream:
             events = _chunks(
                 answering, first, shape, body, prompt_tokens, len(asked), partial(metrics.answered, started)
             )
-            return _EventStream(events, close, headers=headers, media_type="text/event-stream")
-        found = await _unless_gone(request, _gather(answering, first, len(asked)))
+            return EventStream(events, close, headers=headers, media_type="text/event-stream")
+        found = await unless_gone(request, _gather(answering, first, len(asked)))
     except BaseException as error:
         await close()
         if isinstance(error, Overloaded | EngineFailed | NotFinite | ClientGone | ValueError):
-            raise _translated(error) from error
+            raise translated(error) from error
         raise
     await close()
     metrics.answered(started, sum(len(events) for events in found))
@@ -506,14 +538,14 @@ async def _answer(
     return JSONResponse(content, headers=headers)
 
 
-def _take_places(request: Request, by: Caller, count: int) -> Callable[[], None]:
+def take_places(request: Request, by: Caller, count: int) -> Callable[[], None]:
     """Count requests of a key as under way; the function that ends that.
 
     Raises:
         ApiError: the key has as many under way as it may.
     """
     in_flight: Counter[str] = request.app.state.in_flight
-    most = _service(request).settings.max_in_flight
+    most = request.app.state.service.settings.max_in_flight
     if in_flight[by.key] + count > most:
         raise ApiError(
             429,
@@ -559,30 +591,31 @@ async def _chunks(
     try:
         for index in range(count):
             if (opening := shape.opening(index)) is not None:
-                yield _sent({**head, "choices": [opening]})
+                yield sent({**head, "choices": [opening]})
         while item is not None:
             index, event = item
             tokens += 1
             if event.text or event.completion is not None or shape.log_probs:
-                yield _sent({**head, "choices": [shape.chunk(index, event, offsets[index])]})
+                yield sent({**head, "choices": [shape.chunk(index, event, offsets[index])]})
             offsets[index] += shape.length(event)
             if event.completion is not None:
                 completions.append(event.completion)
             item = await answering.next()
     except (EngineFailed, Overloaded, NotFinite) as error:  # too late for a status
-        yield _sent(_translated(error).body())
+        yield sent(translated(error).body())
         return
     if with_usage:
-        yield _sent({**head, "choices": [], "usage": usage(prompt_tokens, completions)})
+        yield sent({**head, "choices": [], "usage": usage(prompt_tokens, completions)})
     done(tokens)
     yield "data: [DONE]\n\n"
 
 
-def _sent(content: dict[str, Any]) -> str:
+def sent(content: dict[str, Any]) -> str:
+    """A server-sent event."""
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-class _EventStream(StreamingResponse):
+class EventStream(StreamingResponse):
     """A stream that closes what feeds it however it ends, also before its first chunk."""
 
     def __init__(self, content: AsyncIterator[str], close: Callable[[], Any], **keywords: Any) -> None:
@@ -600,7 +633,7 @@ class ClientGone(Exception):
     """Nobody waits for the answer any more."""
 
 
-async def _unless_gone(request: Request, work: Any) -> Any:
+async def unless_gone(request: Request, work: Any) -> Any:
     """What ``work`` gives, or ``ClientGone`` as soon as the client hangs up."""
     working = asyncio.ensure_future(work)
     gone = asyncio.create_task(_disconnected(request))
@@ -621,8 +654,8 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _translated(error: Exception) -> ApiError:
-    """The API's error for the engine's."""
+def translated(error: Exception) -> ApiError:
+    """The API's error for an engine's."""
     match error:
         case Overloaded():
             return ApiError(503, str(error), code="overloaded", headers={"Retry-After": "2"})
@@ -638,7 +671,7 @@ def _translated(error: Exception) -> ApiError:
 async def _follow(request: Request, by: Caller, write: Callable[[], Person], wait: bool) -> Response:
     """Write a person, and say where their fit can be followed (202), or that it is done (200)."""
     service = _service(request)
-    release = _take_places(request, by, 1)
+    release = take_places(request, by, 1)
     try:
         try:
             person = await asyncio.to_thread(write)
@@ -655,10 +688,10 @@ async def _follow(request: Request, by: Caller, write: Callable[[], Person], wai
                 return JSONResponse(described, 200)
             if not wait or time.monotonic() > deadline:
                 return JSONResponse(described, 202, headers={"Location": location})
-            await _unless_gone(request, asyncio.sleep(pause))
+            await unless_gone(request, asyncio.sleep(pause))
             pause = min(1.0, 1.3 * pause)
     except ClientGone as error:
-        raise _translated(error) from error
+        raise translated(error) from error
     finally:
         release()
 
@@ -763,11 +796,12 @@ class BoundedBody:
 class Authenticated:
     """Finds out who asks for anything under /v1 before the body is read."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Guarded) -> None:
         self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+        # Behind a prefix, as Ray Serve gives to one of several applications, paths begin with it.
+        if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")).startswith("/v1/"):
             try:
                 caller = await self._caller(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
             except ApiError as error:
@@ -791,7 +825,7 @@ class Authenticated:
 class Counted:
     """Notes when each request came, and counts answers by route and status."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

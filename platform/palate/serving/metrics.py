@@ -10,31 +10,41 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 if TYPE_CHECKING:
     from palate.serving.service import Service
 
-_SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
-class Metrics:
-    """Counts requests, tokens and waiting times; the load is read from the service when asked. Labels name no one."""
+class RequestMetrics:
+    """Counts requests. Labels name no one."""
 
-    def __init__(self, service: "Service") -> None:
+    def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "palate_requests", "Answers by route and status", ["route", "status"], registry=self._registry
         )
+
+    def request(self, route: str, status: int) -> None:
+        self._requests.labels(route, str(status)).inc()
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class Metrics(RequestMetrics):
+    """Of a text server, tokens and waiting times too; the load is read from the service when asked."""
+
+    def __init__(self, service: "Service") -> None:
+        super().__init__()
         self._tokens = Counter("palate_tokens", "Tokens of complete answers", registry=self._registry)
         self._first = Histogram(
             "palate_first_token_seconds",
             "From the request to its first token",
-            buckets=_SECONDS,
+            buckets=SECONDS,
             registry=self._registry,
         )
         self._whole = Histogram(
-            "palate_answer_seconds", "From the request to its last token", buckets=_SECONDS, registry=self._registry
+            "palate_answer_seconds", "From the request to its last token", buckets=SECONDS, registry=self._registry
         )
         self._registry.register(_Load(service))
-
-    def request(self, route: str, status: int) -> None:
-        self._requests.labels(route, str(status)).inc()
 
     def first_token(self, seconds: float) -> None:
         self._first.observe(seconds)
@@ -43,9 +53,6 @@ class Metrics:
         """A complete answer; ``started`` is ``time.perf_counter()`` at its request."""
         self._whole.observe(time.perf_counter() - started)
         self._tokens.inc(tokens)
-
-    def render(self) -> bytes:
-        return generate_latest(self._registry)
 
 
 class _Load:
