@@ -1,0 +1,291 @@
+"""Diffusion-LPO and its comparators on ``shapes``, whose truth is known: win rate against drift, over seeds.
+
+    python benchmarks/lpo_shapes.py --corpus CORPUS --base RUN/tuned/pipeline --out benchmarks/out/lpo_shapes
+
+CORPUS is what ``jobs/prepare.py shapes`` wrote, the base what ``jobs/lpo.py --train-on images`` trained on it. Every
+method learns from the same lists and takes the same number of images a step through the network. A cell is a method, a
+beta and a number of steps; each is run at every seed, from the base, and compared with the base at the same noise, on
+test captions:
+
+    win rate    share of test captions and noises at which the tuned image has the higher true utility, ties half
+    drift       denoising error on real held-out scenes, relative to the base's, less 1
+    seen        share of tuned images that an independent classifier sees the asked shape and colour in
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from palate import artifacts, progress
+from palate import config as configs
+from palate.config import scale
+from palate.corpora.schema import RANKED_LISTS
+from palate.corpora.worlds import shapes
+from palate.evaluation.statistics import estimate
+from palate.lpo.denoising import noise_schedule
+from palate.lpo.encoding import EncodeConfig, Encoded, encode
+from palate.lpo.networks import WeightsConfig, tuned
+from palate.lpo.samples import DrawConfig, Drawing, image_source, list_source, read_lists
+from palate.lpo.sampling import SampleConfig, generate
+from palate.lpo.training import Denoiser, ObjectiveConfig, TuneConfig, images_of, tune
+from palate.models.diffusion import LoadedDiffusion, load_diffusion
+from palate.models.shape_classifier import sees, train_classifier
+from palate.training.parallel import World
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to learn from lists of m images, and how many of a list's images it takes through the network."""
+
+    name: str
+    learn: ObjectiveConfig
+    images: int
+
+
+def methods(length: int) -> dict[str, Method]:
+    found = [
+        Method("sft", ObjectiveConfig(objective="sft"), 1),
+        Method("dpo-random", ObjectiveConfig(objective="dpo", pairs="random"), 2),
+        Method("dpo-adjacent", ObjectiveConfig(objective="dpo", pairs="adjacent"), length),
+        Method("dpo-extreme", ObjectiveConfig(objective="dpo", pairs="extreme"), 2),
+        Method("gp-dpo", ObjectiveConfig(objective="gp-dpo"), length),
+        Method("lpo", ObjectiveConfig(objective="lpo"), length),
+    ]
+    return {method.name: method for method in found}
+
+
+@dataclass(frozen=True)
+class ShapesMatrix:
+    """The matrix to measure; see the module's text."""
+
+    corpus: str
+    """Prepared by jobs/prepare.py shapes."""
+    base: str
+    """Folder of the base pipeline."""
+    out: str = scale("benchmarks/out/lpo_shapes")
+    """One JSON file a cell, the table and the plot."""
+    only: tuple[str, ...] = ()
+    """Methods to measure; all when empty."""
+    betas: tuple[float, ...] = (500.0, 2000.0, 8000.0)
+    """Strengths of the KL term, for all methods but sft."""
+    steps: tuple[int, ...] = (40, 120)
+    """Numbers of steps after which a run is measured."""
+    images: int = 96
+    """Images through the network a step, for every method."""
+    learning_rate: float = 2e-4
+    """AdamW's, the same for every method."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Of the order of lists, of noise in training, and of the images that are compared."""
+    comparisons: int = 800
+    """Of a cell at one seed."""
+    sample: SampleConfig = field(default_factory=partial(SampleConfig, sampler_steps=20, guidance=2.0, batch=100))
+    workers: int = scale(2)
+    """Processes, of one thread each."""
+
+
+Cell = tuple[str, float, int]  # method, beta, seed
+
+
+class Judge:
+    """Compares what a network draws with what the base drew at the same seeds."""
+
+    def __init__(self, config: ShapesMatrix, loaded: LoadedDiffusion, drawing: Drawing, seed: int) -> None:
+        corpus = artifacts.open_artifact(config.corpus, RANKED_LISTS)
+        self.config, self.loaded, self.drawing = config, loaded, drawing
+        captions = sorted(set(read_lists(corpus, "test")["caption"].to_pylist()))
+        self.captions = [captions[place % len(captions)] for place in range(config.comparisons)]
+        self.seeds = [1_000_000 * (seed + 1) + place for place in range(config.comparisons)]
+        # The annotators' mean taste: lists are theirs together.
+        self.weights_1F = np.mean([one.weights for one in shapes.read_annotators(corpus)], axis=0, keepdims=True)
+        self.classifier = train_classifier(seed=0)
+        scenes = image_source(corpus, "test", drawing)
+        self.real = [scenes.load(place % len(scenes), 77 + place) for place in range(512)]
+
+    def utilities(self, images_N3HW: np.ndarray) -> np.ndarray:
+        return shapes.utilities(shapes.measure(images_N3HW), self.weights_1F)[:, 0]
+
+    def draw(self) -> np.ndarray:
+        """What the network draws now, (N, 3, H, W) in [0, 1]."""
+        made = generate(self.loaded.pipeline, self.captions, self.seeds, self.config.sample, label="draw")
+        return np.stack([np.asarray(image, dtype=np.float64).transpose(2, 0, 1) / 255 for image in made])
+
+    def error(self, denoiser: Denoiser) -> float:
+        """Denoising error on held-out real scenes."""
+        images = images_of(self.real, torch.device("cpu"))
+        with torch.no_grad():
+            return float(denoiser.errors(denoiser.network, images)[0].mean())
+
+    def look(self, denoiser: Denoiser) -> dict[str, Any]:
+        """Utility and recognition of each image, and the error on real scenes."""
+        images = self.draw()
+        seen = sees(self.classifier, torch.from_numpy(images).float(), self.captions)
+        return {
+            "utilities": self.utilities(images).tolist(),
+            "seen": [bool(one) for one in seen],
+            "error": self.error(denoiser),
+        }
+
+
+def prepared(config: ShapesMatrix) -> tuple[LoadedDiffusion, Drawing]:
+    loaded = load_diffusion(config.base)
+    corpus = artifacts.open_artifact(config.corpus, RANKED_LISTS)
+    settings = EncodeConfig(resolution=shapes.SIDE, latent_dtype="float32", encode_batch=256)
+    encoded: Encoded = encode(corpus, config.base, f"{config.out}/encoded", settings)
+    factor = float(loaded.vae.config.scaling_factor)  # type: ignore[union-attr, arg-type]
+    return loaded, Drawing(encoded, noise_schedule(loaded.scheduler), DrawConfig(prompt_dropout=0.1), (0.0, factor))
+
+
+def run(cell: Cell, config: ShapesMatrix) -> None:
+    """Tune at one method, beta and seed, and look at the network after each number of steps."""
+    torch.set_num_threads(1)
+    name, beta, seed = cell
+    if cell_file(config, name, beta, config.steps[-1] if name != "base" else 0, seed).exists():
+        return
+    loaded, drawing = prepared(config)
+    corpus = artifacts.open_artifact(config.corpus, RANKED_LISTS)
+    parameters, reference = tuned(loaded, WeightsConfig(weights="full"))
+    denoiser = Denoiser(loaded.denoiser, loaded.family, drawing.schedule, reference)
+    judge = Judge(config, loaded, drawing, seed)
+    if name == "base":
+        write(cell_file(config, name, beta, 0, seed), {**judge.look(denoiser), "captions": judge.captions})
+        return
+    lists = list_source(corpus, "train", drawing)
+    method = methods(len(lists.row(0)["items"]))[name]
+    batch = config.images // method.images
+    settings = TuneConfig(
+        steps=config.steps[-1],
+        batch=batch,
+        learning_rate=config.learning_rate,
+        warmup_ratio=0.05,
+        micro_batch=batch,
+        checkpoint_every=math.gcd(*config.steps),
+    )
+
+    def report(figures: Any) -> None:
+        if figures["step"] in config.steps:
+            loaded.denoiser.eval()
+            found = judge.look(denoiser)
+            loaded.denoiser.train()
+            signals = {key: value for key, value in figures.items() if "/" not in key}
+            write(cell_file(config, name, beta, int(figures["step"]), seed), {**found, "signals": signals})
+
+    with TemporaryDirectory() as folder:
+        learn = replace(method.learn, kl_beta=beta) if name != "sft" else method.learn
+        tune(denoiser, parameters, lists, learn, settings, folder, World(report=report), seed=seed)
+
+
+def cell_file(config: ShapesMatrix, name: str, beta: float, steps: int, seed: int) -> Path:
+    return Path(config.out) / "cells" / f"{name}_{beta:g}_{steps}_{seed}.json"
+
+
+def write(file: Path, content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(content))
+    part.replace(file)
+
+
+def table(config: ShapesMatrix) -> list[dict[str, Any]]:
+    """A row a cell, over the seeds, with intervals over the test captions."""
+    rows = []
+    bases = {seed: json.loads(cell_file(config, "base", 0, 0, seed).read_text()) for seed in config.seeds}
+    for name, beta in pairs(config):
+        for steps in config.steps:
+            wins, captions, seen, drifts = [], [], [], []
+            for seed in config.seeds:
+                file = cell_file(config, name, beta, steps, seed)
+                if not file.exists():
+                    continue
+                cell, base = json.loads(file.read_text()), bases[seed]
+                gap = np.array(cell["utilities"]) - np.array(base["utilities"])
+                wins += ((np.sign(gap) + 1) / 2).tolist()
+                captions += base["captions"]
+                seen += cell["seen"]
+                drifts.append(cell["error"] / base["error"] - 1)
+            if wins:
+                win = estimate(wins, captions)
+                rows.append(
+                    {
+                        "method": name,
+                        "beta": beta,
+                        "steps": steps,
+                        "win": win.value,
+                        "low": win.low,
+                        "high": win.high,
+                        "drift": float(np.mean(drifts)),
+                        "drift_spread": float(np.std(drifts)),
+                        "seen": float(np.mean(seen)),
+                        "comparisons": len(wins),
+                        "seeds": len(drifts),
+                    }
+                )
+    return rows
+
+
+def pairs(config: ShapesMatrix) -> list[tuple[str, float]]:
+    names = [name for name in methods(2) if not config.only or name in config.only]
+    return [(name, beta) for name in names for beta in ((0.0,) if name == "sft" else config.betas)]
+
+
+def plot(rows: Sequence[dict[str, Any]], seen: float, file: Path) -> None:
+    """Win rate over drift, a line a method and beta."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    for name, color in zip(names, ("#64748b", "#a16207", "#0f766e", "#7c3aed", "#2563eb", "#c2410c"), strict=False):
+        for beta in dict.fromkeys(row["beta"] for row in rows if row["method"] == name):
+            some = [row for row in rows if (row["method"], row["beta"]) == (name, beta)]
+            for axis, key in zip(axes, ("drift", "seen"), strict=True):
+                label = name if beta == next(row["beta"] for row in rows if row["method"] == name) else None
+                axis.plot([r[key] for r in some], [r["win"] for r in some], marker="o", ms=4, color=color, label=label)
+    axes[0].set_xlabel("drift: error on real scenes, relative to the base's, less 1")
+    axes[0].set_ylabel("win rate against the base")
+    axes[1].set_xlabel("share of images that show what was asked")
+    axes[1].axvline(seen, color="#94a3b8", lw=1)
+    for axis in axes:
+        axis.axhline(0.5, color="#94a3b8", lw=1)
+        axis.grid(color="#e5e7eb")
+    axes[0].legend(frameon=False)
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    config = configs.parse(ShapesMatrix, __doc__)
+    torch.set_num_threads(1)
+    prepared(config)  # the encodings, once
+    work: list[Cell] = [("base", 0.0, seed) for seed in config.seeds]
+    # Seed by seed, so that what is there after a while is whole over the methods.
+    work += [(name, beta, seed) for seed in config.seeds for name, beta in pairs(config)]
+    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
+        for _ in progress.track(pool.map(partial(run, config=config), work), "cells", len(work)):
+            pass
+    rows = table(config)
+    base = [json.loads(cell_file(config, "base", 0, 0, seed).read_text()) for seed in config.seeds]
+    seen = float(np.mean([cell["seen"] for cell in base]))
+    print(f"the base draws what is asked in {seen:.3f} of {sum(len(cell['seen']) for cell in base)} images\n")
+    print("| method | beta | steps | win rate | drift | seen |\n|---|--:|--:|--:|--:|--:|")
+    for row in rows:
+        win = f"{row['win']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        beta = "" if row["method"] == "sft" else f"{row['beta']:g}"
+        drift = f"{row['drift']:+.3f} ±{row['drift_spread']:.3f}"
+        print(f"| {row['method']} | {beta} | {row['steps']} | {win} | {drift} | {row['seen']:.3f} |")
+    out = Path(config.out)
+    (out / "table.json").write_text(
+        json.dumps({"config": configs.to_dict(config), "seen": seen, "rows": rows}, indent=2)
+    )
+    plot(rows, seen, out / "frontier.png")
+
+
+if __name__ == "__main__":
+    main()
