@@ -341,3 +341,51 @@ def test_the_job(tmp_path, monkeypatch, capsys):
     runpy.run_path(str(JOB), run_name="__main__")
     assert "annotations: 100" in capsys.readouterr().out
     assert {one["kind"] for one in rows_of(artifacts.open_artifact(config.out, schema.RANKED_LISTS))} == {"dominance"}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_of_random_rankings_every_pair_is_counted_once(tmp_path, seed):
+    """Rankings of all lengths with ties, contradictions and single images, under every combination of rules."""
+    generator = np.random.default_rng(seed)
+    records, pairs = [], 0
+    for _ in range(60):
+        images = [f"i{n}" for n in generator.permutation(9)[: int(generator.integers(1, 7))]]
+        cut = int(generator.integers(len(images)))
+        records.append({"caption": f"c{generator.integers(8)}", "items": [*images[:cut], images[cut:]]})
+        pairs += max(1, len(images) * (len(images) - 1) // 2)  # a list of one counts once
+    kind = ("full", "topk", "dominance")[seed % 3]
+    options = {
+        "cycles": ("break", "collapse")[seed % 2],
+        "ties": ("table", "group")[seed // 2 % 2],
+        "buckets": 1 + seed,
+    }
+    made = prepare(jsonl(tmp_path, records, kind=kind, max_length=int(generator.integers(2, 9)), **options))
+    report = made.read_json("report.json")
+    assert report["annotations"] == pairs
+    assert report["kept"] + report["tied"] + report["dropped"] + report["quarantined"] == pairs
+    assert sum(report["dropped_by_reason"].values()) == report["dropped"]
+    # The sources of a kept pair stand in every list that has its edge; count each edge of a caption once.
+    edges = {
+        (one["caption"], one["items"][edge["winner"]]["image_uid"], one["items"][edge["loser"]]["image_uid"]): len(
+            edge["source_ids"]
+        )
+        for one in rows_of(made)
+        for edge in one["edges"]
+    }
+    assert sum(edges.values()) == report["kept"]
+    assert sum(report["lists_by_length"].values()) == report["lists"] == sum(report["lists_by_split"].values())
+
+
+def test_scores_of_many_files_meet(tmp_path):
+    """One caption's scores lie in three files; they are ranked together and carry their scores."""
+    for part in range(3):
+        line = {"caption": "c", "image": f"i{part}", "score": part, "model": f"m{part}"}
+        (tmp_path / f"{part}.jsonl").write_text(json.dumps(line))
+    made = prepare(RankingsConfig(input=(str(tmp_path / "*.jsonl"),), out=str(tmp_path / "out"), buckets=2))
+    (one,) = rows_of(made)
+    assert [(item["image_uid"], item["score"], item["model"]) for item in one["items"]] == [
+        ("i2", 2.0, "m2"),
+        ("i1", 1.0, "m1"),
+        ("i0", 0.0, "m0"),
+    ]
+    assert made.summary["annotations"] == 3
