@@ -230,6 +230,17 @@ def test_diffusion_ktos_csv(tmp_path):
     assert brief(points(str(tmp_path / "x.csv"))) == ["a.png>b.png"]
 
 
+def test_fields_of_csv_are_texts_whatever_the_first_rows_look_like(tmp_path):
+    lines = ["file_path\tcaption\tlabel", *(f"{n}\t00{n % 2}\t{n % 3 % 2}" for n in range(100_000)), "x\t\t1"]
+    (tmp_path / "x.tsv").write_text("\n".join(lines))
+    found = read(tmp_path / "x.tsv")
+    assert [row["caption"] for row in found[:2]] == ["000", "001"]
+    assert brief(found[-2:]) == ["99999.", "an empty caption"]
+    (tmp_path / "x.tsv").write_text("file_path\tcaption\tlabel\na\tb\n")
+    with pytest.raises(CorpusError, match=r"x\.tsv: no table that can be read"):
+        read(tmp_path / "x.tsv", "thumbs")
+
+
 def test_folders_of_ranked_images(tmp_path):
     for name in ("red cat/1_x.png", "red cat/2_y.png", "red cat/2_z.jpg", "n7/1.png", "n7/2.png", "lone/1.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -323,6 +334,12 @@ def test_inputs_are_files_patterns_and_folders(tmp_path):
     for absent in ("no.parquet", "*.json"):
         with pytest.raises(CorpusError, match="no such file"):
             rankings.expand([str(tmp_path / absent)])
+
+
+def test_times_are_in_utc_whatever_the_machines_zone():
+    expected = datetime(2023, 1, 2, 3, tzinfo=UTC).timestamp() * 1e6
+    assert rankings._time("2023-01-02T03:00:00") == rankings._time("2023-01-02T05:00:00+02:00") == expected
+    assert rankings._time(None) == rankings._time("yesterday") == 0
 
 
 def test_images_are_decoded_whole():

@@ -19,7 +19,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -85,10 +85,6 @@ class Unit:
     groups: tuple[int, ...] = ()
     start: int = 0
     images: bool = True
-
-    @property
-    def name(self) -> str:
-        return f"{self.path} (row groups {self.groups[0]}-{self.groups[-1]})" if self.groups else self.path
 
 
 @dataclass(frozen=True)
@@ -217,24 +213,36 @@ def tables(unit: Unit, rows: int = CHUNK_ROWS, columns: Sequence[str] | None = N
                 yield start, pa.Table.from_batches([batch])
                 start += batch.num_rows
     elif path.endswith((".csv", ".tsv")):
-        filesystem, inside = locate(unit.path)
-        options = pa.csv.ParseOptions(delimiter="\t" if path.endswith(".tsv") else ",", newlines_in_values=True)
-        with filesystem.open(inside, "rb") as stream, pa.csv.open_csv(stream, parse_options=options) as reader:
-            for batch in reader:
-                yield start, pa.Table.from_batches([batch])
-                start += batch.num_rows
+        for batch in _csv(unit.path, "\t" if path.endswith(".tsv") else ","):
+            yield start, pa.Table.from_batches([batch])
+            start += batch.num_rows
     else:
         for chunk in _batched((record for _, record in records(unit)), rows):
             yield start, _table(chunk, unit)
             start += len(chunk)
 
 
+def _csv(path: str, delimiter: str) -> Iterator[pa.RecordBatch]:
+    """The rows as texts; empty fields are null."""
+    filesystem, inside = locate(path)
+    options = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    try:
+        with filesystem.open(inside, "rb") as stream, pa.csv.open_csv(stream, parse_options=options) as reader:
+            names = reader.schema.names
+        # Types are not guessed: a uid of digits in the first rows may be none in the last.
+        types = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True)
+        with filesystem.open(inside, "rb") as stream:
+            yield from pa.csv.open_csv(stream, parse_options=options, convert_options=types)
+    except pa.ArrowInvalid as error:
+        raise CorpusError(f"{path}: no table that can be read ({error})") from None
+
+
 def _table(chunk: list[Any], unit: Unit) -> pa.Table:
     """Records as a table; what is no object is an empty row."""
     try:
         return pa.Table.from_pylist([one if isinstance(one, dict) else {} for one in chunk])
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise CorpusError(f"{unit.path}: a field has values of several types ({error})") from None
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
+        raise CorpusError(f"{unit.path}: no table can be made of its records ({error})") from None
 
 
 def _batched(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -273,10 +281,10 @@ def _microseconds(table: pa.Table, name: str) -> pa.Array:
 
 
 def _time(value: Any) -> int:
-    """Microseconds since 1970 of an ISO 8601 text; 0 for anything else."""
+    """Microseconds since 1970 of an ISO 8601 text, in UTC where it names no zone; 0 for anything else."""
     try:
         moment = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
-        return int(moment.timestamp() * 1_000_000)
+        return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1_000_000)
     except (ValueError, OverflowError):
         return 0
 
