@@ -25,6 +25,12 @@ class SampleConfig:
     batch: Annotated[int, tyro.conf.arg(name="sample-batch")] = scale(4)
     """Images made together."""
 
+    def sides(self, editing: bool) -> int:
+        """How often the denoiser sees each image at a step: with and without what it is guided by."""
+        if self.guidance <= 1 or (editing and self.image_guidance < 1):
+            return 1
+        return 3 if editing else 2
+
 
 def generate(
     pipeline: Any,

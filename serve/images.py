@@ -1,0 +1,62 @@
+"""Ray Serve application: images over HTTP. `serve run` with a config as docs/serving_images.md shows.
+
+Each replica holds the models that its settings and its registry name. What a replica does is in palate.serving; here
+is only what Serve needs to know.
+"""
+
+import asyncio
+import time
+
+from fastapi import FastAPI
+from ray import serve
+
+from palate.serving.image_http import create_image_app
+from palate.serving.image_service import ImageService, ImageSettings
+
+
+class ImageServerSettings(ImageSettings):
+    """What the config's ``args`` may say, beside ``ImageSettings``."""
+
+    replicas: int = 1
+    cpus_per_replica: float = 1
+    gpus_per_replica: float = 0
+
+
+@serve.ingress()
+class ImageServer:
+    """One replica."""
+
+    def __init__(self, settings: ImageServerSettings) -> None:
+        start = time.perf_counter()
+        plain = settings.model_dump(exclude={"replicas", "cpus_per_replica", "gpus_per_replica"})
+        self._service = ImageService(ImageSettings(**plain)).start()
+        print(f"replica ready in {time.perf_counter() - start:.1f} s: {sorted(self._service.hosted)}", flush=True)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_image_app(self._service)
+
+    def check_health(self) -> None:
+        """Serve replaces the replica when this raises."""
+        if not self._service.healthy:
+            raise RuntimeError("the device has failed: see the replica's log")
+
+    async def __del__(self) -> None:
+        await asyncio.to_thread(self._service.stop)
+
+
+def app(settings: ImageServerSettings) -> serve.Application:
+    """The application of the config's ``import_path``."""
+    # The server has a queue and limits of its own, which answer in OpenAI's shapes; Serve's come behind them.
+    most = 2 * (settings.max_batch + settings.max_waiting) + 16
+    deployment = serve.deployment(
+        ImageServer,
+        name="images",
+        num_replicas=settings.replicas,
+        max_ongoing_requests=most,
+        max_queued_requests=most,
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=60,
+        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
+    )
+    return deployment.bind(settings)
