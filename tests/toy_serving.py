@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
+from fastapi import FastAPI
 
 from palate.card import stages
 from palate.card.adaptation import AdaptConfig
@@ -48,15 +49,24 @@ def serving(config: Settings, *runs: str) -> Iterator[tuple[str, Service]]:
     for run in runs:
         service.register(run)
     service.start()
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(128)
-        server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning", lifespan="off"))
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
+    try:
+        with listening(create_app(service)) as url:
+            yield url, service
+    finally:
+        service.stop()
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """The base URL at which an application answers, on a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        free.listen(128)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[free])), daemon=True)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}", service
+            yield f"http://127.0.0.1:{free.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join()
-            service.stop()

@@ -1,12 +1,14 @@
 """Images at given seeds, alike whatever else is in the batch, and the grid that shows before and after."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
 import tyro
 from PIL import Image, ImageDraw
+from torch import nn
 
 from palate.config import scale
 from palate.progress import track
@@ -50,7 +52,6 @@ def generate(
         sources: the images to edit, one a prompt (InstructPix2Pix).
         embeddings: (prompts, J) of people, for a pipeline with their branch.
     """
-    device = pipeline.device if pipeline.device.type != "meta" else torch.device("cpu")
     pipeline.set_progress_bar_config(disable=True)
     made: list[Image.Image] = []
     for start in track(range(0, len(prompts), config.batch), label):
@@ -60,19 +61,40 @@ def generate(
             given |= {"height": size[0], "width": size[1]}
         if sources is not None:
             given |= {"image": list(sources[span]), "image_guidance_scale": config.image_guidance}
-        if embeddings is not None:
-            one = embeddings[span, None].to(device)
-            # All sides of the guidance have the person: it is of the text, and of the source image, alone.
-            given["ip_adapter_image_embeds"] = [one.repeat(config.sides(sources is not None), 1, 1)]
-        made += pipeline(
-            **given,
-            # A generator of its own for each image, on the CPU: the same noise in any batch, on any device.
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[span]],
-            num_inference_steps=config.sampler_steps,
-            guidance_scale=config.guidance,
-            output_type="pil",
-        ).images
+        with _given_people(pipeline, None if embeddings is None else embeddings[span]):
+            made += pipeline(
+                **given,
+                # A generator of its own for each image, on the CPU: the same noise in any batch, on any device.
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[span]],
+                num_inference_steps=config.sampler_steps,
+                guidance_scale=config.guidance,
+                output_type="pil",
+            ).images
     return made
+
+
+@contextmanager
+def _given_people(pipeline: Any, embeddings_NJ: torch.Tensor | None) -> Iterator[None]:
+    """Have every pass of the U-Net take the person of each image.
+
+    diffusers' own ``ip_adapter_image_embeds`` gives every image of a batch the people of all its images. All sides of
+    the guidance, one after another in a pass, have the person: it is of the text, and of the source image, alone.
+    """
+    if embeddings_NJ is None:
+        yield
+        return
+
+    def give(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        sides = len(arguments[0]) // len(embeddings_NJ)
+        embeddings = embeddings_NJ.to(arguments[0]).repeat(sides, 1)[:, None]
+        added = {**(keywords.get("added_cond_kwargs") or {}), "image_embeds": [embeddings]}
+        return arguments, {**keywords, "added_cond_kwargs": added}
+
+    hook = pipeline.unet.register_forward_pre_hook(give, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def grid(rows: Sequence[str], columns: Mapping[str, Sequence[Image.Image]], side: int = 160) -> Image.Image:

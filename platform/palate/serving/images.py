@@ -163,7 +163,7 @@ def _embeddings(model: ImageModel, requests: Sequence[ImageRequest]) -> torch.Te
     for place, request in enumerate(requests):
         if known[place]:
             embeddings_NJ[place] = model.people.embeddings_UJ[model.people.places[str(request.user)]].detach()
-    return embeddings_NJ.to(next(model.loaded.denoiser.parameters()).dtype)
+    return embeddings_NJ
 
 
 def _use_adapter(denoiser: nn.Module, adapter: str | None) -> None:
@@ -183,9 +183,10 @@ class _Watched:
 
     def __init__(self, pipeline: Any, on_step: OnStep) -> None:
         self.pipeline, self.on_step = pipeline, on_step
-        self.device = pipeline.device
-        self.set_progress_bar_config = pipeline.set_progress_bar_config
         self.finite: list[bool] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pipeline, name)
 
     def __call__(self, **given: Any) -> Any:
         return self.pipeline(**given, callback_on_step_end=self._after)
