@@ -137,7 +137,7 @@ async def edits(request: Request, by: By) -> Response:
         with _refusing_forms():
             fields, files = read_form(request.headers.get("content-type", ""), await request.body())
             content = one_image(fields, files)
-            body = EditRequest.model_validate_strings(fields)
+            body = EditRequest.of_form(fields)
             hosted = _hosted(service, body.model, by)
             if not hosted.model.editing:
                 raise ApiError(

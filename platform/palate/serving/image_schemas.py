@@ -5,12 +5,14 @@ is null counts as absent, and one that asks for nothing (no compression, no part
 """
 
 import io
+import json
 import math
+import re
 from collections.abc import Mapping
 from email.message import Message
 from email.parser import BytesHeaderParser
 from email.utils import collapse_rfc2231_value
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
@@ -18,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 from palate.serving.schemas import MAX_SEED, Number, Text
 
 MOST_PARTS = 64  # of a form
+_PLAIN = re.compile(r"true|false|-?(0|[1-9][0-9]{0,29})(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,2})?")  # as JSON writes them
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 Nothing = Annotated[StrictInt, Field(ge=0, le=0)]
@@ -74,6 +77,22 @@ class EditRequest(_ImageBody):
     input_fidelity: Literal["low"] = "low"
     image_guidance: Annotated[Number, Field(ge=1, le=100)] | None = None
 
+    _texts: ClassVar[tuple[str, ...]] = ("prompt", "model", "user")  # which may look like numbers
+
+    @classmethod
+    def of_form(cls, fields: Mapping[str, str]) -> "EditRequest":
+        """The request of a form, where numbers and booleans are texts.
+
+        Raises:
+            ValidationError: as of a JSON body.
+        """
+        return cls.model_validate(
+            {
+                name: json.loads(value) if name not in cls._texts and _PLAIN.fullmatch(value) else value
+                for name, value in fields.items()
+            }
+        )
+
 
 class FormError(ValueError):
     """A form that is none, or a file that is not as it should be; ``param`` names the field, if any."""
@@ -95,8 +114,8 @@ def read_form(content_type: str, body: bytes) -> tuple[dict[str, str], dict[str,
     if head.get_content_type() != "multipart/form-data" or not boundary:
         raise FormError(f"the body must be multipart/form-data with a boundary, found {content_type[:100]!r}")
     delimiter = b"\r\n--" + boundary.encode("latin-1", "replace")
-    _, *parts, end = (b"\r\n" + body).split(delimiter, MOST_PARTS + 1)
-    if not parts or not end.startswith(b"--"):
+    parts = (b"\r\n" + body).split(delimiter, MOST_PARTS + 1)[1:]  # without what comes before the first
+    if not parts or not parts.pop().startswith(b"--"):
         raise FormError(f"the form is cut off, or has more than {MOST_PARTS} parts")
     fields: dict[str, str] = {}
     files: dict[str, list[bytes]] = {}
