@@ -1,5 +1,6 @@
 """Images over HTTP through the unmodified OpenAI client and plain requests."""
 
+import asyncio
 import base64
 import io
 import json
@@ -313,6 +314,18 @@ def test_bodies_are_bounded_and_keys_needed(http: httpx.Client, server: tuple[st
         assert httpx.request(method, f"{server[0]}{path}").status_code == 401
     assert http.post("/v1/images/variations").status_code == 404
     assert not server[1].worker.load.running
+
+
+def test_keys_are_needed_behind_a_prefix_too(server: tuple[str, ImageService], key: str) -> None:
+    app = create_image_app(server[1])
+
+    async def ask(headers: dict[str, str]) -> int:
+        transport = httpx.ASGITransport(app, root_path="/images")
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as http:
+            return (await http.get("/images/v1/models", headers=headers)).status_code
+
+    assert asyncio.run(ask({})) == 401
+    assert asyncio.run(ask({"Authorization": f"Bearer {key}"})) == 200
 
 
 def test_forms_are_read_to_the_byte() -> None:

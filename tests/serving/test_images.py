@@ -20,6 +20,7 @@ from palate.serving.answering import NotFinite
 from palate.serving.image_service import ImageService, ImageSettings, ModelSource, load_hook
 from palate.serving.images import Drawing, Drawn, ImageModel, ImageRequest, ImageWorker, Progress, Refused, ReviewFailed
 from palate.serving.worker import EngineFailed, Load, Overloaded
+from tiny_diffusion import save_tiny
 from toy_images import PEOPLE, PROMPT, lora_run, person_run, pipeline_run, settings
 
 QUICK = SampleConfig(sampler_steps=3, guidance=3.0)
@@ -374,6 +375,33 @@ def test_the_registry_is_followed_without_a_restart(
     assert not service.failed
     until(lambda: set(base.loaded.denoiser.peft_config) == {model_of(service, "lora").adapter})
     assert (images(service.worker, asked(base, 2))[0] == before).all()
+    write(json.dumps({"again": {"run": runs["lora"]}}))
+    assert (images(service.worker, asked(model_of(service, "again"), 2))[0] == one).all()
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
+def test_other_families_draw_too(kind: str, tmp_path: Path, make_worker: Any) -> None:
+    model = ImageModel(load_diffusion(str(save_tiny(kind, tmp_path))))
+    width, height = model.size
+    assert width % model.multiple == height % model.multiple == 0
+    given = {"size": (32, 16), "config": SampleConfig(sampler_steps=2)}
+    together = images(make_worker(), asked(model, 0, **given), asked(model, 1, **given))
+    assert together[0].shape == (16, 32, 3)
+    assert abs(images(make_worker(), asked(model, 1, **given))[0] - together[1]).max() <= 1
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_people_of_sdxl_in_half_precision(guidance: float, tmp_path: Path) -> None:
+    base = str(save_tiny("sdxl", tmp_path))
+    model = ModelSource(run=person_run(tmp_path / "run", base=base), tenants=("acme",))
+    service = ImageService(settings(tmp_path, models={"person": model}, precision="bf16"))
+    service.tend()
+    person = model_of(service, "person")
+    given = {"size": (32, 32), "config": SampleConfig(sampler_steps=2, guidance=guidance)}
+    zoe, ann, bob = images(service.worker, *(asked(person, 1, user=user, **given) for user in ("zoe", "ann", "bob")))
+    service.stop()
+    assert abs(zoe - ann).max() > 5
+    assert abs(ann - bob).max() > 5
 
 
 def test_people_belong_to_somebody(service: ImageService, runs: dict[str, str]) -> None:

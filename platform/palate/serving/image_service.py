@@ -5,7 +5,6 @@ is added, replaced or taken away without a restart. LoRAs of one base share its 
 """
 
 import importlib
-import json
 import logging
 import threading
 import time
@@ -164,9 +163,9 @@ class ImageService:
     def stop(self) -> None:
         """End the threads; what is still drawn fails with ``EngineFailed``."""
         self._stopping.set()
+        self.worker.stop()  # first, lest a model waits to be put into a network that draws
         if self._thread.is_alive():
             self._thread.join()
-        self.worker.stop()
         self.store.close()
 
     @property
@@ -237,9 +236,9 @@ class ImageService:
         require_id(name, "the name of a model")
         start = time.perf_counter()
         run = artifacts.open_artifact(artifacts.join(source.run, "tuned"), TUNED) if source.run else None
-        model = self._load(source, run)
-        if model.people is not None and source.tenants is None and self.settings.require_keys:
+        if run and run.paths("person/") and source.tenants is None and self.settings.require_keys:
             raise ValueError(f"{source.run} knows people: say whose they are with 'tenants'")
+        model = self._load(source, run)
         self.failed.pop(name, None)
         self.hosted[name] = HostedImages(name, source, model, run.digest[:16] if run else None)
         if before is not None:
@@ -260,7 +259,7 @@ class ImageService:
         if run.paths("person/"):
             loaded = self._fresh(base)
             people = load_branch(loaded.denoiser, run.local_folder("person")).to(loaded.device)
-            loaded.denoiser.to(loaded.device, next(loaded.denoiser.parameters()).dtype).eval()
+            loaded.denoiser.eval()
             return ImageModel(loaded, people=people)
         raise ArtifactMismatch(f"{run.url} has neither lora/, pipeline/ nor person/: is it a run of jobs/lpo.py?")
 
@@ -317,9 +316,3 @@ def load_hook(path: str) -> Review:
     if not callable(found):
         raise ValueError(f"safety {path!r}: {module} has no function {name!r}. Give package.module:function")
     return found
-
-
-def registry_json(models: Mapping[str, ModelSource]) -> str:
-    """What a registry file of these models holds."""
-    dumped = {name: source.model_dump(exclude_defaults=True) for name, source in models.items()}
-    return json.dumps(dumped, indent=2) + "\n"

@@ -289,20 +289,29 @@ class ImageWorker:
                         self._waiting.remove(place)
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                self._running = []
-                self._wake.wait_for(lambda: self._stopping or self._jobs or self._waiting)
-                if self._stopping:
-                    break
-                job = self._jobs.popleft() if self._jobs else None
-                if job is None:
-                    self._running = self._next_batch()
-            if job is not None:
-                _do(*job)
-            else:
-                self._draw(self._running)
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:
+            log.exception("the engine failed")
+            self.failure = error
         self._end()
+
+    def _turn(self) -> bool:
+        """Wait for a job or a batch, and do it; False when it is time to stop."""
+        with self._wake:
+            self._running = []
+            self._wake.wait_for(lambda: self._stopping or self._jobs or self._waiting)
+            if self._stopping:
+                return False
+            job = self._jobs.popleft() if self._jobs else None
+            if job is None:
+                self._running = self._next_batch()
+        if job is not None:
+            _do(*job)
+        else:
+            self._draw(self._running)
+        return True
 
     def _next_batch(self) -> list[_Place]:
         """The oldest that waits and those of its shape, taken from the queue."""
@@ -359,10 +368,12 @@ class ImageWorker:
         return ReviewFailed("the safety hook gave neither a reason nor None, so the image is withheld")
 
     def _end(self) -> None:
+        """Fail what is left."""
         with self._wake:
+            self._stopping = True
             waiting, self._waiting = list(self._waiting), deque()
             jobs, self._jobs = list(self._jobs), deque()
-        for place in waiting:
+        for place in (*self._running, *waiting):
             place.deliver(EngineFailed("the server is stopping"))
         for _, future in jobs:
             future.set_exception(EngineFailed("the engine has stopped"))
