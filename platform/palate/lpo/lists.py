@@ -163,10 +163,12 @@ def keep_acyclic(edges: Sequence[tuple[int, int]]) -> list[bool]:
 
     A topological order is kept up to date (Pearce and Kelly 2006), so an edge costs what it moves.
     """
-    order: dict[int, int] = {}
-    for edge in edges:
-        for node in edge:
-            order.setdefault(node, len(order))
+    wins: dict[int, int] = defaultdict(int)
+    for winner, loser in edges:
+        wins[winner] += 1
+        wins[loser] -= 1
+    # Any order will do to begin with; in this one most edges move nothing.
+    order = {node: place for place, node in enumerate(sorted(wins, key=lambda node: -wins[node]))}
     after: dict[int, list[int]] = defaultdict(list)
     before: dict[int, list[int]] = defaultdict(list)
     taken = []
@@ -336,7 +338,7 @@ def _cover(edges: list[tuple[int, int]], members: Members, limit: int) -> Pieces
 
     An edge is covered when both ends are in one list. In rounds: the best path through each uncovered edge (most
     uncovered edges on it, then the longest) is known; they are taken best first as long as at least half of what made
-    them good is still uncovered. The first of a round is the best of all.
+    them good, or half a list, is still uncovered. The first of a round is the best of all.
     """
     order, after, before = _sorted_graph(edges)
     place = {node: number for number, node in enumerate(order)}
@@ -344,21 +346,23 @@ def _cover(edges: list[tuple[int, int]], members: Members, limit: int) -> Pieces
     found: Pieces = []
     while uncovered:
         tails, following = _best(reversed(order), after, uncovered, len(order))
-        heads, preceding = _best(order, before, {(loser, winner) for winner, loser in uncovered}, len(order))
+        above = {(loser, winner) for winner, loser in uncovered}
+        heads, preceding = _best(order, before, above, len(order))
         unit = len(order) + 1
         through = [(heads[a] + tails[b] + 1 + unit, a, b) for a, b in uncovered]
         through.sort(key=lambda one: (-one[0], place[one[1]], place[one[2]]))
         for score, winner, loser in through:
             if (winner, loser) not in uncovered:
                 continue
-            path = [*reversed(_chain(winner, preceding)), *_chain(loser, following)]
+            path = [*reversed(_chain(winner, preceding, above, limit)), *_chain(loser, following, uncovered, limit)]
             fresh = [index for index in range(len(path) - 1) if (path[index], path[index + 1]) in uncovered]
-            if 2 * len(fresh) < score // unit:
+            if len(fresh) < min(score // unit, limit) / 2:
                 continue
             for window in _windows(path, fresh[0], fresh[-1] + 1, members, limit):
                 covered = {(a, b) for i, a in enumerate(window) for b in window[i + 1 :]} & uncovered
                 if covered:
                     uncovered -= covered
+                    above -= {(b, a) for a, b in covered}
                     found += _written(window, members, limit)
     return found
 
@@ -399,11 +403,14 @@ def _best(
     return scores, following
 
 
-def _chain(node: int, following: dict[int, int]) -> list[int]:
-    found = [node]
-    while node in following:
-        node = following[node]
-        found.append(node)
+def _chain(node: int, following: dict[int, int], fresh: set[tuple[int, int]], limit: int) -> list[int]:
+    """The path from a node, up to where ``limit`` edges in a row are not fresh: no list reaches over them."""
+    found, stale = [node], 0
+    while node in following and stale < limit:
+        other = following[node]
+        stale = 0 if (node, other) in fresh else stale + 1
+        found.append(other)
+        node = other
     return found
 
 
