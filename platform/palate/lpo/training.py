@@ -399,8 +399,8 @@ def measure(
     objective: ObjectiveConfig,
     config: TuneConfig,
     *,
-    draws: int = 4,
-    most: int = 512,
+    draws: int = 2,
+    most: int = 128,
 ) -> dict[str, float]:
     """The signals on the lists of a source, over several draws of noise and timestep each, without training.
 
