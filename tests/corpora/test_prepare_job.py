@@ -10,7 +10,8 @@ import pytest
 from lamp_files import write_large
 from palate import artifacts
 from palate.corpora import git, jsonl, lamp, longlamp, schema
-from palate.corpora.worlds import personas
+from palate.corpora.worlds import personas, shapes
+from palate.lpo.preparation import RankingsConfig
 
 JOB = Path(__file__).parents[2] / "jobs" / "prepare.py"
 COMMANDS = {
@@ -19,6 +20,8 @@ COMMANDS = {
     "jsonl": jsonl.JsonlConfig,
     "git": git.GitConfig,
     "personas": personas.PersonasConfig,
+    "shapes": shapes.ShapesConfig,
+    "rankings": RankingsConfig,
 }
 
 

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from tests import toy_lists
 
+import toy_lists
 from palate import artifacts
 from palate.corpora.schema import IMAGES, RANKED_LISTS
 from palate.lpo import encoding

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
 from PIL import Image
-from tests import toy_lists
 
+import toy_lists
 from palate import artifacts
 from palate.artifacts import Artifact
 from palate.lpo.encoding import EncodeConfig

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests import toy_lists
 
+import toy_lists
 from palate.artifacts import Artifact
 from palate.lpo import objectives
 from palate.lpo.denoising import noise_schedule
