@@ -44,14 +44,14 @@ def build_shapes_pipeline(
             in_channels=6 if edit else 3,
             out_channels=3,
             # Few channels where there are many pixels: that is where a CPU's time goes.
-            block_out_channels=(8, 24, 48),
+            block_out_channels=(16, 32, 48),
             layers_per_block=1,
             down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
             mid_block_type=None,
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
             cross_attention_dim=TEXT_WIDTH,
             attention_head_dim=8,
-            norm_num_groups=4,
+            norm_num_groups=1,
         )
         vae = identity_vae(1 / PIXEL_STD)
     made = StableDiffusionInstructPix2PixPipeline if edit else StableDiffusionPipeline
