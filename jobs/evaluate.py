@@ -1,25 +1,41 @@
-"""Evaluate a finished run beside its baselines and controls. Run with --help, or a subcommand and --help."""
+"""Evaluate finished runs beside their baselines and controls. Run with --help, or a subcommand and --help."""
 
 import tyro
 
 from palate.artifacts import ArtifactError, open_artifact
 from palate.corpora.schema import TEXT_CORPUS
+from palate.evaluation import images
 from palate.evaluation.comparison import Comparison, TextConfig
+from palate.evaluation.images import ImagesConfig
 from palate.evaluation.subject import read_run
 from palate.evaluation.text_report import make_report
 
 
 def main() -> None:
-    config = tyro.extras.subcommand_cli_from_dict({"text": TextConfig}, description=__doc__)
+    # Flags without the names of nested settings, as everywhere else.
+    subcommands = {"text": TextConfig, "images": ImagesConfig}
+    config = tyro.extras.subcommand_cli_from_dict(subcommands, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
     try:
-        corpus = open_artifact(config.corpus, TEXT_CORPUS)
-        report = make_report(Comparison(config, corpus, read_run(config.run, corpus)))
+        evaluate_images(config) if isinstance(config, ImagesConfig) else evaluate_text(config)
     except (ArtifactError, ValueError, OSError) as error:
         raise SystemExit(f"evaluate: {error}") from None
+
+
+def evaluate_text(config: TextConfig) -> None:
+    corpus = open_artifact(config.corpus, TEXT_CORPUS)
+    report = make_report(Comparison(config, corpus, read_run(config.run, corpus)))
     if report.summary:
         print("own minus permuted vectors, with 95% intervals:")
     for name, (value, low, high) in report.summary.items():
         print(f"  {name.partition('/')[0]:>20}: {value:+.3f} [{low:+.3f}, {high:+.3f}]")
+    print(f"report: {report.url}/report.md")
+
+
+def evaluate_images(config: ImagesConfig) -> None:
+    report = images.make_report(images.Comparison(config))
+    print("win rates at the same seeds, with 95% intervals:")
+    for name, (value, low, high) in report.summary.items():
+        print(f"  {name:>40}: {value:.3f} [{low:.3f}, {high:.3f}]")
     print(f"report: {report.url}/report.md")
 
 

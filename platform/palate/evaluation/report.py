@@ -76,6 +76,8 @@ class Report:
     config: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     sections: Mapping[str, str] = field(default_factory=dict)  # further Markdown, by heading
+    definitions: tuple[str, ...] = DEFINITIONS
+    resampled: str = "users"  # what the bootstrap resamples, as tables name it
 
     def cell(self, metric: str, system: str, minus: str | None = None) -> Cell | None:
         """The cell of a metric and system (or difference), or None where it does not apply."""
@@ -137,7 +139,7 @@ def write(report: Report, folder: Path) -> None:
         "metrics": {cell.name: _entry(cell) for cell in report.cells},
         "config": report.config,
         "systems": {system.name: system.label for system in report.systems},
-        "definitions": list(DEFINITIONS),
+        "definitions": list(report.definitions),
         "notes": list(report.notes),
     }
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
@@ -151,14 +153,14 @@ def write(report: Report, folder: Path) -> None:
 def markdown(report: Report) -> str:
     """The report as Markdown: a table of systems, a table of differences, notes and the configuration."""
     labels = {system.name: system.label for system in report.systems}
-    lines = [f"# {report.title}", "", *(f"{definition}\n" for definition in DEFINITIONS)]
+    lines = [f"# {report.title}", "", *(f"{definition}\n" for definition in report.definitions)]
     lines += ["## Systems", "", _table(_system_rows(report)), ""]
     if any(_plottable(cell) for cell in report.cells if cell.minus is None):
         lines += ["![Systems with 95% intervals](systems.png)", ""]
     lines += [f"`{metric}`: {reason}\n" for metric, reason in report.not_computed.items()]
     differences = [cell for cell in report.cells if cell.minus is not None and cell.metric in report.metrics]
     if differences:
-        rows = [["metric", "difference", "value [95%]", "SDD", "users", "items"]]
+        rows = [["metric", "difference", "value [95%]", "SDD", report.resampled, "items"]]
         for cell in differences:
             estimate = cell.estimate
             detectable = estimate.smallest_detectable_difference if estimate else math.nan
@@ -288,7 +290,7 @@ def _entry(cell: Cell) -> dict[str, Any]:
         "value_over_items": _finite(cell.over_items),
         "higher_is_better": cell.higher_is_better,
     }
-    if cell.minus is not None:
+    if cell.minus is not None or cell.chance is not None:
         entry["smallest_detectable_difference"] = _finite(estimate.smallest_detectable_difference) if estimate else None
     for key, value in (("unit", cell.unit), ("chance", cell.chance), ("reason", cell.reason)):
         if value not in ("", None):
@@ -304,7 +306,7 @@ def _system_rows(report: Report) -> list[list[str]]:
     titles = []
     for metric in report.metrics:
         titles.append(_metric_title(next(c for c in report.cells if c.metric == metric and c.estimate is not None)))
-    rows = [["system", *titles, "users"]]
+    rows = [["system", *titles, report.resampled]]
     for system in report.systems:
         cells_of = [report.cell(metric, system.name) for metric in report.metrics]
         users = max((cell.estimate.n for cell in cells_of if cell and cell.estimate), default=0)
