@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from scipy.stats import binomtest, norm
+
 import toy_images
 import toy_lists
-
 from palate import artifacts
 from palate.artifacts import Artifact, ArtifactMismatch, Writer
 from palate.corpora.schema import RANKED_LISTS
