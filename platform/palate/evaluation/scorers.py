@@ -10,8 +10,7 @@
     imagereward    arXiv 2304.05977, by the package ``image-reward``
     l1, clip_image, dino   of edits: distance and similarity to the target image
 
-Weights are given by path and never fetched. Folders are transformers' with safetensors; a file is safetensors, or a
-pickle of tensors alone (``weights_only``).
+Weights are given by path and never fetched. Folders are transformers' with safetensors, and files are safetensors.
 
 Symbols: N images, D width.
 """
@@ -78,12 +77,12 @@ class ScorerConfig:
     pickscore: str | None = None
     """Folder of PickScore's weights, with the tokenizer and the image processor of CLIP ViT-H-14."""
     hpsv2: str | None = None
-    """File of HPSv2's weights (HPS_v2_compressed.pt, HPS_v2.1_compressed.pt, or either as safetensors); needs
-    --hpsv2-clip. Versions are not comparable."""
+    """File of HPSv2's weights (HPS_v2_compressed or HPS_v2.1_compressed, converted to safetensors); needs --hpsv2-clip.
+    Versions are not comparable."""
     hpsv2_clip: str | None = None
     """Folder of the CLIP ViT-H-14 whose shape, tokenizer and image processor HPSv2 has."""
     aesthetics: str | None = None
-    """File of the aesthetics head (sac+logos+ava1-l14-linearMSE.pth or safetensors); needs --aesthetics-clip."""
+    """File of the aesthetics head (sac+logos+ava1-l14-linearMSE, converted to safetensors); needs --aesthetics-clip."""
     aesthetics_clip: str | None = None
     """Folder of CLIP ViT-L/14, which the head reads."""
     imagereward: str | None = None
@@ -401,26 +400,20 @@ def image_reward(file: str, device: str = "cpu") -> Scorer:
 
 
 def read_tensors(file: str, flag: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a pickle of tensors alone (at its top, or under "state_dict").
+    """The tensors of a safetensors file.
 
     Raises:
-        ScorerError: there is no such file, or it holds anything else; nothing in it is run.
+        ScorerError: there is no such file, or it is of another form.
     """
-    place = Path(file)
-    if not place.is_file():
+    if not Path(file).is_file():
         raise ScorerError(f"{flag} {file}: there is no such file")
     try:
-        found: Any = (
-            load_file(place)
-            if place.suffix == ".safetensors"
-            else torch.load(place, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:  # of pickle, zip or safetensors
-        raise ScorerError(f"{flag} {file}: not a safetensors file, nor a pickle of tensors alone: {error}") from None
-    found = found.get("state_dict", found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ScorerError(f"{flag} {file}: expected a table of tensors by name, found {type(found).__name__}")
-    return dict(found)
+        return load_file(file)
+    except SafetensorError as error:
+        raise ScorerError(
+            f"{flag} {file}: not a safetensors file ({error}); convert what is published as a pickle once, as "
+            "docs/evaluation_images.md shows"
+        ) from None
 
 
 def _clip(model: Any, folder: str, flag: str, device: str) -> Clip:
