@@ -411,7 +411,7 @@ def read_tensors(file: str, flag: str) -> dict[str, Tensor]:
         return load_file(file)
     except SafetensorError as error:
         raise ScorerError(
-            f"{flag} {file}: not a safetensors file ({error}); convert what is published as a pickle once, as "
+            f"{flag} {file}: not a safetensors file ({error}); convert weights of another format once, as "
             "docs/evaluation_images.md shows"
         ) from None
 
