@@ -65,6 +65,8 @@ class ServingBenchmark:
     """New tokens of each answer."""
     batch: int = 16
     """Slots of the engine, and the largest static batch."""
+    gather_steps: int = 4
+    """Steps that a prompt may wait for others in the engine, as the service has it."""
     gap: float = 0.25
     """Seconds between arrivals, where they are staggered."""
     concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
@@ -118,7 +120,7 @@ def engine_system(
     longest = 256 + config.tokens
 
     def run(jobs: Sequence[Job], gap: float) -> Timing:
-        engine = Engine(loaded, rows, head, slots=slots, max_length=longest)
+        engine = Engine(loaded, rows, head, slots=slots, max_length=longest, gather_steps=config.gather_steps)
         vectors = torch.randn(config.people, head.width, generator=torch.Generator().manual_seed(1)) if head else None
         times: dict[int, list[float]] = {}
         arrived: dict[int, float] = {}

@@ -147,8 +147,11 @@ def test_batch_equals_single_and_mixed_adapters_equal_one(loaded, rows, head, mi
                 assert completion.token_ids == together[index].token_ids
 
 
-def test_rows_that_join_midway_get_the_same(loaded, rows, head, mixed, expected):
-    engine = Engine(loaded, rows, head, slots=5, max_length=128, prefill_tokens=16)
+@pytest.mark.parametrize(("prefill_tokens", "gather_steps"), [(16, 0), (512, 3)])
+def test_rows_that_join_midway_get_the_same(loaded, rows, head, mixed, expected, prefill_tokens, gather_steps):
+    engine = Engine(
+        loaded, rows, head, slots=5, max_length=128, prefill_tokens=prefill_tokens, gather_steps=gather_steps
+    )
     completions, submitted, steps = {}, {}, 0
     while len(completions) < len(mixed):
         if len(submitted) < len(mixed) and steps % 2 == 0:
@@ -324,6 +327,36 @@ def test_why_an_answer_ends(monkeypatch, loaded):
     assert completion.text == decode(loaded.tokenizer, ids[:3])
 
 
+def test_prompts_wait_for_others_to_share_their_pass_but_not_for_long(loaded):
+    endless = dataclasses.replace(loaded, eos_ids=(-1,))
+    engine = Engine(endless, slots=8, max_length=128, prefill_tokens=64, gather_steps=3)
+
+    def started(count: int, length: int = 5) -> set[int]:
+        """Submit, and take one step: the requests that got a token in it."""
+        for _ in range(count):
+            engine.submit(Request([7] * length, max_new_tokens=60))
+        return {event.id for event in engine.step()}
+
+    assert started(1) == {0}  # nobody runs: at once
+    assert [started(1), started(0), started(0)] == [{0}] * 3
+    assert started(0) == {0, 1}  # after three steps, alone
+    assert started(1) == {0, 1}
+    assert started(3) == {0, 1, 2, 3, 4, 5}  # four are enough
+    assert started(1) == set(range(6))
+    assert started(1) == set(range(8))  # as many as there are free slots
+    assert engine.cancel(0)
+    assert started(1) == {*range(1, 9)}  # one slot is free
+    assert [engine.cancel(1), engine.cancel(2)] == [True, True]
+    assert started(1, length=64) == {*range(3, 10)}  # nobody else fits into its pass
+    assert [engine.cancel(3), engine.cancel(4)] == [True, True]
+    assert started(1) == {*range(5, 10)}
+    assert engine.cancel(10)
+    assert started(0) == {*range(5, 10)}
+    # Whoever comes later has its own three steps.
+    assert [started(1), started(0), started(0)] == [{*range(5, 10)}] * 3
+    assert 11 in started(0)
+
+
 def test_cancelled_requests_free_their_slot_at_once(loaded, rows, head, mixed, expected):
     engine = Engine(loaded, rows, head, slots=3, max_length=128, prefill_tokens=16)
     long = dataclasses.replace(mixed[0], prompt_ids=prompts(1, 300)[0] * 20, max_new_tokens=20)
@@ -407,6 +440,8 @@ def test_requests_fill_the_whole_length(loaded, rows):
 def test_engines_that_cannot_be_are_refused(monkeypatch, loaded, rows, head):
     with pytest.raises(ValueError, match="slots"):
         Engine(loaded, slots=0, max_length=10)
+    with pytest.raises(ValueError, match="gather_steps at least 0"):
+        Engine(loaded, slots=1, max_length=10, gather_steps=-1)
     with pytest.raises(ValueError, match="beyond the 2048 positions"):
         Engine(loaded, slots=1, max_length=4096)
     with pytest.raises(ValueError, match="adapter must lie"):

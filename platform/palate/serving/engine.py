@@ -28,6 +28,7 @@ from palate.serving.text import TextStream, decode
 
 _LOOK_AHEAD = 64  # how far down the queue a prefill looks for prompts of similar length
 _SIMILAR = 0.75  # the least ratio of lengths in one prefill: the padding it may waste
+_ENOUGH = 4  # prompts that fill a pass well: more would gain little, and those that wait would wait longer
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,9 @@ class Engine:
         slots: how many requests decode at a time.
         max_length: most tokens of a prompt and its answer together. The cache takes slots · max_length tokens.
         prefill_tokens: most prompt tokens in one forward pass, which is how long a prompt may hold up running rows.
+        gather_steps: how many decode steps of running rows a prompt may wait for others to share its pass, for whoever
+            calls ``step``: a pass over four short prompts takes little longer than one over a single prompt, and all
+            running rows stand still for each. 0 prefills at once.
 
     Raises:
         ValueError: a model that the slot cache does not serve, or no memory for the cache.
@@ -122,11 +126,12 @@ class Engine:
         slots: int,
         max_length: int,
         prefill_tokens: int = 512,
+        gather_steps: int = 0,
     ) -> None:
-        if slots < 1 or max_length < 2 or prefill_tokens < 1:
+        if slots < 1 or max_length < 2 or prefill_tokens < 1 or gather_steps < 0:
             raise ValueError(
-                f"slots and prefill_tokens must be at least 1 and max_length at least 2, found {slots}, "
-                f"{prefill_tokens} and {max_length}"
+                f"slots and prefill_tokens must be at least 1, max_length at least 2 and gather_steps at least 0, "
+                f"found {slots}, {prefill_tokens}, {max_length} and {gather_steps}"
             )
         self._loaded, self._rows, self._head = loaded, rows, head
         self._model, self._device = loaded.model, loaded.device
@@ -134,6 +139,7 @@ class Engine:
         favour_few_rows(self._model)
         self._cache = SlotCache(self._config, slots, max_length, loaded.model.dtype, self._device)
         self._slots, self._max_length, self._prefill_tokens = slots, max_length, prefill_tokens
+        self._gather_steps, self._gathered = gather_steps, 0  # most steps in a row that prompts are held back; so far
         self._ids = count()
         self._waiting: deque[_Row] = deque()
         self._prefilling: _Row | None = None
@@ -184,7 +190,7 @@ class Engine:
     def step(self) -> list[Event]:
         """At most one prefill pass, then one token for each decoding row."""
         with torch.no_grad():
-            return [*self._prefill(), *self._decode()]
+            return [*([] if self._gathers() else self._prefill()), *self._decode()]
 
     def generate(self, requests: Sequence[Request], label: str = "generate") -> list[Completion]:
         """The answers to any number of requests, in their order, with progress.
@@ -269,6 +275,19 @@ class Engine:
 
     def _can_prefill(self) -> bool:
         return self._prefilling is not None or (bool(self._waiting) and len(self._decoding) < self._slots)
+
+    def _gathers(self) -> bool:
+        """Whether the prompts that wait are held back for this step, so that later ones may share their pass."""
+        free = self._slots - len(self._decoding)
+        holds = (
+            self._gathered < self._gather_steps
+            and 0 < len(self._waiting) < min(_ENOUGH, free)
+            and sum(len(row.request.prompt_ids) for row in self._waiting) < self._prefill_tokens
+            and bool(self._decoding)
+            and self._prefilling is None
+        )
+        self._gathered = self._gathered + 1 if holds else 0
+        return holds
 
     def _prefill(self) -> list[Event]:
         """One forward pass over prompt tokens; the first tokens of the prompts that it finishes."""

@@ -58,6 +58,8 @@ class Settings(BaseModel):
     """Most tokens of a prompt and its answer together."""
     prefill_tokens: int = Field(256, ge=16)
     """Prompt tokens in one pass: how long a new prompt may hold up running answers."""
+    gather_steps: int = Field(4, ge=0)
+    """Tokens of running answers that a new prompt may wait for others to share its pass; 0 prefills at once."""
     max_waiting: int = Field(64, ge=0)
     """Requests that may wait for a slot; more are refused with 503."""
     max_in_flight: int = Field(32, ge=1)
@@ -260,6 +262,7 @@ class Service:
             slots=settings.slots,
             max_length=min(settings.max_length, limit or settings.max_length),
             prefill_tokens=settings.prefill_tokens,
+            gather_steps=settings.gather_steps,
         )
         log.info("run %s loaded from %s in %.1f s", name, url, time.perf_counter() - start)
         return Hosted(name, run, EngineWorker(engine, max_waiting=settings.max_waiting))
