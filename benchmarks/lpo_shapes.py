@@ -2,14 +2,15 @@
 
     python benchmarks/lpo_shapes.py --corpus CORPUS --base RUN/tuned/pipeline --out benchmarks/out/lpo_shapes
 
-CORPUS is what ``jobs/prepare.py shapes`` wrote, the base what ``jobs/lpo.py --train-on images`` trained on it. Every
-method learns from the same lists and takes the same number of images a step through the network. A cell is a method, a
-beta and a number of steps; each is run at every seed, from the base, and compared with the base at the same noise, on
-test captions:
+CORPUS is what ``jobs/prepare.py shapes`` wrote (with --edits: lists of edits), the base what ``jobs/lpo.py --train-on
+images`` trained on it. Every method learns from the same lists and takes the same number of images a step through the
+network. A cell is a method, a beta and a number of steps; each is run at every seed, from the base, and compared with
+the base at the same noise, on test captions, or on the test lists' sources and instructions:
 
-    win rate    share of test captions and noises at which the tuned image has the higher true utility, ties half
+    win rate    share of test prompts and noises at which the tuned image has the higher true utility, ties half
     drift       denoising error on real held-out scenes, relative to the base's, less 1
     seen        share of tuned images that an independent classifier sees the asked shape and colour in
+    distance    of edits: mean absolute difference from the target
 """
 
 import json
@@ -24,19 +25,23 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from palate import artifacts, progress
 from palate import config as configs
 from palate.config import scale
-from palate.corpora.schema import RANKED_LISTS
+from palate.corpora.pictures import decode_image, read_images
+from palate.corpora.schema import LISTS, RANKED_LISTS
 from palate.corpora.worlds import shapes
 from palate.evaluation.statistics import estimate
 from palate.lpo.denoising import noise_schedule
 from palate.lpo.encoding import EncodeConfig, Encoded, encode
 from palate.lpo.networks import WeightsConfig, tuned
-from palate.lpo.samples import DrawConfig, Drawing, image_source, list_source, read_lists
+from palate.lpo.samples import DrawConfig, Drawing, ListSource, image_source, read_lists
 from palate.lpo.sampling import SampleConfig, generate
 from palate.lpo.training import Denoiser, ObjectiveConfig, TuneConfig, images_of, tune
 from palate.models.diffusion import LoadedDiffusion, load_diffusion
@@ -61,6 +66,7 @@ def methods(length: int) -> dict[str, Method]:
         Method("dpo-extreme", ObjectiveConfig(objective="dpo", pairs="extreme"), 2),
         Method("gp-dpo", ObjectiveConfig(objective="gp-dpo"), length),
         Method("lpo", ObjectiveConfig(objective="lpo"), length),
+        Method("lpo-sum", ObjectiveConfig(objective="lpo", reduction="sum"), length),
     ]
     return {method.name: method for method in found}
 
@@ -75,8 +81,11 @@ class ShapesMatrix:
     """Folder of the base pipeline."""
     out: str = scale("benchmarks/out/lpo_shapes")
     """One JSON file a cell, the table and the plot."""
-    only: tuple[str, ...] = ()
-    """Methods to measure; all when empty."""
+    only: tuple[str, ...] = ("sft", "dpo-random", "dpo-adjacent", "dpo-extreme", "gp-dpo", "lpo")
+    """Methods to measure; lpo-sum differs from lpo on lists of mixed lengths alone."""
+    length: int = 8
+    """Images of a list: the corpus' lists are cut at random into shorter ones of the same images; 0: into one of four
+    and two of two, so that lengths are mixed."""
     betas: tuple[float, ...] = (500.0, 2000.0, 8000.0)
     """Strengths of the KL term, for all methods but sft."""
     steps: tuple[int, ...] = (40, 120)
@@ -103,8 +112,22 @@ class Judge:
     def __init__(self, config: ShapesMatrix, loaded: LoadedDiffusion, drawing: Drawing, seed: int) -> None:
         corpus = artifacts.open_artifact(config.corpus, RANKED_LISTS)
         self.config, self.loaded, self.drawing = config, loaded, drawing
-        captions = sorted(set(read_lists(corpus, "test")["caption"].to_pylist()))
-        self.captions = [captions[place % len(captions)] for place in range(config.comparisons)]
+        rows = read_lists(corpus, "test").to_pylist()
+        self.sources: list[Image.Image] | None = None
+        self.targets: np.ndarray | None = None
+        if drawing.editing:
+            rows = [rows[place % len(rows)] for place in range(config.comparisons)]
+            targets = pq.read_table(corpus.local("targets.parquet")).to_pylist()
+            target_of = {row["list_id"]: row["target_uid"] for row in targets}
+            uids = [target_of[row["list_id"]] for row in rows]
+            images = read_images(corpus, {*uids, *(row["source_image"] for row in rows)})
+            self.sources = [decode_image(images[row["source_image"]]) for row in rows]
+            self.targets = np.stack([shapes.decode_png(images[uid]) for uid in uids])
+            self.prompts = [row["instruction"] for row in rows]
+            self.captions = [row["caption"] for row in rows]
+        else:
+            found = sorted({row["caption"] for row in rows})
+            self.captions = self.prompts = [found[place % len(found)] for place in range(config.comparisons)]
         self.seeds = [1_000_000 * (seed + 1) + place for place in range(config.comparisons)]
         # The annotators' mean taste: lists are theirs together.
         self.weights_1F = np.mean([one.weights for one in shapes.read_annotators(corpus)], axis=0, keepdims=True)
@@ -113,11 +136,14 @@ class Judge:
         self.real = [scenes.load(place % len(scenes), 77 + place) for place in range(512)]
 
     def utilities(self, images_N3HW: np.ndarray) -> np.ndarray:
+        if self.targets is not None:
+            return shapes.edit_utilities(images_N3HW, self.targets, self.weights_1F)[:, 0]
         return shapes.utilities(shapes.measure(images_N3HW), self.weights_1F)[:, 0]
 
     def draw(self) -> np.ndarray:
         """What the network draws now, (N, 3, H, W) in [0, 1]."""
-        made = generate(self.loaded.pipeline, self.captions, self.seeds, self.config.sample, label="draw")
+        config = self.config.sample
+        made = generate(self.loaded.pipeline, self.prompts, self.seeds, config, sources=self.sources, label="draw")
         return np.stack([np.asarray(image, dtype=np.float64).transpose(2, 0, 1) / 255 for image in made])
 
     def error(self, denoiser: Denoiser) -> float:
@@ -130,11 +156,14 @@ class Judge:
         """Utility and recognition of each image, and the error on real scenes."""
         images = self.draw()
         seen = sees(self.classifier, torch.from_numpy(images).float(), self.captions)
-        return {
+        found = {
             "utilities": self.utilities(images).tolist(),
             "seen": [bool(one) for one in seen],
             "error": self.error(denoiser),
         }
+        if self.targets is not None:
+            found["distance"] = float(np.abs(images - self.targets).mean())
+        return found
 
 
 def prepared(config: ShapesMatrix) -> tuple[LoadedDiffusion, Drawing]:
@@ -143,7 +172,8 @@ def prepared(config: ShapesMatrix) -> tuple[LoadedDiffusion, Drawing]:
     settings = EncodeConfig(resolution=shapes.SIDE, latent_dtype="float32", encode_batch=256)
     encoded: Encoded = encode(corpus, config.base, f"{config.out}/encoded", settings)
     factor = float(loaded.vae.config.scaling_factor)  # type: ignore[union-attr, arg-type]
-    return loaded, Drawing(encoded, noise_schedule(loaded.scheduler), DrawConfig(prompt_dropout=0.1), (0.0, factor))
+    schedule, draws = noise_schedule(loaded.scheduler), DrawConfig(prompt_dropout=0.1)
+    return loaded, Drawing(encoded, schedule, draws, (0.0, factor), editing=loaded.family == "ip2p")
 
 
 def run(cell: Cell, config: ShapesMatrix) -> None:
@@ -158,10 +188,11 @@ def run(cell: Cell, config: ShapesMatrix) -> None:
     denoiser = Denoiser(loaded.denoiser, loaded.family, drawing.schedule, reference)
     judge = Judge(config, loaded, drawing, seed)
     if name == "base":
-        write(cell_file(config, name, beta, 0, seed), {**judge.look(denoiser), "captions": judge.captions})
+        write(cell_file(config, name, beta, 0, seed), {**judge.look(denoiser), "captions": judge.prompts})
         return
-    lists = list_source(corpus, "train", drawing)
-    method = methods(len(lists.row(0)["items"]))[name]
+    table = cut(read_lists(corpus, "train"), config.length)
+    lists = ListSource("lists-train", table, f"{corpus.digest} {config.length}", drawing)
+    method = methods(round(np.mean([len(items) for items in table["items"].to_pylist()])))[name]
     batch = config.images // method.images
     settings = TuneConfig(
         steps=config.steps[-1],
@@ -185,6 +216,23 @@ def run(cell: Cell, config: ShapesMatrix) -> None:
         tune(denoiser, parameters, lists, learn, settings, folder, World(report=report), seed=seed)
 
 
+def cut(lists: pa.Table, length: int) -> pa.Table:
+    """Lists of ``length`` of the same images in the same order; see ``ShapesMatrix.length``."""
+    made = []
+    for number, row in enumerate(lists.to_pylist()):
+        count = len(row["items"])
+        order = np.random.default_rng(number).permutation(count)
+        sizes = [4, 2, 2] if length == 0 else [length] * (count // length)
+        for part, places in enumerate(np.split(order[: sum(sizes)], np.cumsum(sizes)[:-1])):
+            items = [row["items"][place] | {"tie_group": rank} for rank, place in enumerate(sorted(places))]
+            edges = [
+                {"winner": rank, "loser": rank + 1, "votes": 1.0, "source_ids": [row["list_id"]]}
+                for rank in range(len(items) - 1)
+            ]
+            made.append(row | {"list_id": f"{row['list_id']}-{part}", "items": items, "edges": edges})
+    return pa.Table.from_pylist(made, schema=LISTS)
+
+
 def cell_file(config: ShapesMatrix, name: str, beta: float, steps: int, seed: int) -> Path:
     return Path(config.out) / "cells" / f"{name}_{beta:g}_{steps}_{seed}.json"
 
@@ -202,7 +250,7 @@ def table(config: ShapesMatrix) -> list[dict[str, Any]]:
     bases = {seed: json.loads(cell_file(config, "base", 0, 0, seed).read_text()) for seed in config.seeds}
     for name, beta in pairs(config):
         for steps in config.steps:
-            wins, captions, seen, drifts = [], [], [], []
+            wins, captions, seen, drifts, distances = [], [], [], [], []
             for seed in config.seeds:
                 file = cell_file(config, name, beta, steps, seed)
                 if not file.exists():
@@ -213,6 +261,8 @@ def table(config: ShapesMatrix) -> list[dict[str, Any]]:
                 captions += base["captions"]
                 seen += cell["seen"]
                 drifts.append(cell["error"] / base["error"] - 1)
+                if "distance" in cell:
+                    distances.append(cell["distance"])
             if wins:
                 win = estimate(wins, captions)
                 rows.append(
@@ -228,13 +278,14 @@ def table(config: ShapesMatrix) -> list[dict[str, Any]]:
                         "seen": float(np.mean(seen)),
                         "comparisons": len(wins),
                         "seeds": len(drifts),
+                        "distance": float(np.mean(distances)) if distances else None,
                     }
                 )
     return rows
 
 
 def pairs(config: ShapesMatrix) -> list[tuple[str, float]]:
-    names = [name for name in methods(2) if not config.only or name in config.only]
+    names = [name for name in methods(2) if name in config.only]
     return [(name, beta) for name in names for beta in ((0.0,) if name == "sft" else config.betas)]
 
 
@@ -273,13 +324,16 @@ def main() -> None:
     rows = table(config)
     base = [json.loads(cell_file(config, "base", 0, 0, seed).read_text()) for seed in config.seeds]
     seen = float(np.mean([cell["seen"] for cell in base]))
-    print(f"the base draws what is asked in {seen:.3f} of {sum(len(cell['seen']) for cell in base)} images\n")
-    print("| method | beta | steps | win rate | drift | seen |\n|---|--:|--:|--:|--:|--:|")
+    print(f"the base draws what is asked in {seen:.3f} of {sum(len(cell['seen']) for cell in base)} images")
+    if "distance" in base[0]:
+        print(f"and is {np.mean([cell['distance'] for cell in base]):.4f} away from the targets")
+    print("\n| method | beta | steps | win rate | drift | seen | distance |\n|---|--:|--:|--:|--:|--:|--:|")
     for row in rows:
         win = f"{row['win']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
         beta = "" if row["method"] == "sft" else f"{row['beta']:g}"
         drift = f"{row['drift']:+.3f} ±{row['drift_spread']:.3f}"
-        print(f"| {row['method']} | {beta} | {row['steps']} | {win} | {drift} | {row['seen']:.3f} |")
+        distance = "" if row["distance"] is None else f"{row['distance']:.4f}"
+        print(f"| {row['method']} | {beta} | {row['steps']} | {win} | {drift} | {row['seen']:.3f} | {distance} |")
     out = Path(config.out)
     (out / "table.json").write_text(
         json.dumps({"config": configs.to_dict(config), "seen": seen, "rows": rows}, indent=2)

@@ -3,8 +3,21 @@
 from palate import config as configs
 from palate.artifacts import ArtifactError
 from palate.distributed.launch import launch
-from palate.lpo.stages import LpoConfig, pipeline, start_over
+from palate.lpo.stages import LpoConfig, encode_lists, pipeline, start_over
 from palate.training.guards import TrainingStopped
+
+
+def begin(config: LpoConfig) -> None:
+    """What is done once, before any rank starts. With Ray, its actors encode; else the first rank does."""
+    start_over(config)
+    if config.launcher == "ray":
+        import ray
+
+        from palate.distributed.prepare import run_with_actors
+
+        if not ray.is_initialized():
+            ray.init()
+        encode_lists(config, "cuda" if ray.cluster_resources().get("GPU", 0) else "cpu", run_with_actors)
 
 
 def main() -> None:
@@ -16,7 +29,7 @@ def main() -> None:
             launcher=config.launcher,
             workers=config.workers,
             folder=config.out,
-            once=start_over,
+            once=begin,
         )
     except (ArtifactError, TrainingStopped, ValueError, OSError) as error:
         raise SystemExit(f"lpo: {error}") from None

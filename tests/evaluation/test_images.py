@@ -15,6 +15,7 @@ import toy_images
 import toy_lists
 from palate import artifacts
 from palate.artifacts import Artifact, ArtifactMismatch, Writer
+from palate.corpora.pictures import read_images
 from palate.corpora.schema import RANKED_LISTS
 from palate.corpora.worlds import shapes
 from palate.evaluation import images, scorers, statistics
@@ -294,7 +295,7 @@ def test_edits_are_compared_with_their_targets(tmp_path: Path) -> None:
     assert metrics["l1/e"]["higher_is_better"] is False
     assert metrics["drift/e"]["value"] != 0
     rows = pq.read_table(world.local("targets.parquet")).to_pylist()
-    targets = images.read_images(world, {row["target_uid"] for row in rows})
+    targets = read_images(world, {row["target_uid"] for row in rows})
     drawn = pq.read_table(tmp_path / "out" / "images" / "e-0" / "00000" / "images.parquet").to_pylist()
     distances: dict[str, list[float]] = {}  # by instruction, which weigh alike
     for row in drawn:

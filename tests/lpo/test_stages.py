@@ -1,23 +1,29 @@
 """The whole pipeline on toy lists; what it writes, plain diffusers loads."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
 from PIL import Image
 
+import tiny_diffusion
 import toy_lists
 from palate import artifacts
 from palate.artifacts import Artifact
 from palate.lpo.encoding import EncodeConfig
 from palate.lpo.networks import WeightsConfig
+from palate.lpo.personal import load_branch
+from palate.lpo.samples import DrawConfig
 from palate.lpo.sampling import SampleConfig, generate
-from palate.lpo.stages import LpoConfig, PersonalConfig, pipeline
+from palate.lpo.stages import LpoConfig, PersonalConfig, pipeline, start_over
+from palate.lpo.taste import taste_vectors
 from palate.lpo.training import ObjectiveConfig, TuneConfig
 from palate.models.diffusion import load_diffusion
+from palate.models.image_features import pixel_statistics
 from palate.training.parallel import World
 
 PROMPT = "a small red circle on grey"
@@ -100,6 +106,18 @@ def test_all_weights_and_a_pipeline_that_plain_diffusers_loads(lists: Artifact, 
     assert abs(image(vanilla) - image(before)).max() > 1e-3
 
 
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_a_reference_that_was_computed_before(lists: Artifact, base: Path, tmp_path: Path, weights: Any) -> None:
+    settings = config(lists, tmp_path, model=str(base), weights=WeightsConfig(weights=weights))
+    settings = replace(settings, draw=DrawConfig(fixed_draws=2))
+    report = pipeline(settings, World()).read_json("report.json")
+    # Training has moved the network away from the base, which is there again to be compared with.
+    assert 1e-6 < abs(report["test/winner_error"]) < 0.5
+    assert artifacts.folders(tmp_path / "reference")
+    start_over(replace(settings, fresh=True))
+    assert not any(artifacts.exists(folder) for folder in artifacts.folders(tmp_path / "reference"))
+
+
 def test_people_that_plain_diffusers_serves(lists: Artifact, base: Path, tmp_path: Path) -> None:
     settings = config(lists, tmp_path, model=str(base), personal=PersonalConfig(personal="learned", width=8))
     tuned = pipeline(settings, World())
@@ -111,6 +129,24 @@ def test_people_that_plain_diffusers_serves(lists: Artifact, base: Path, tmp_pat
     assert abs(image(vanilla, ip_adapter_image_embeds=[embeddings]) - plain).max() > 1e-5
     vanilla.set_ip_adapter_scale(0.0)
     assert (image(vanilla, ip_adapter_image_embeds=[embeddings]) == plain).all()
+
+
+def test_people_with_examples_have_a_vector_whether_trained_on_or_not(base: Path, tmp_path: Path) -> None:
+    rows = [toy_lists.row(number, 3, split="train", user_id=f"user-{number % 3}") for number in range(9)]
+    rows += [toy_lists.row(9 + n, 3, split="validation", user_id=f"user-{n % 4}") for n in range(4)]
+    lists = toy_lists.write(tmp_path / "lists", rows)
+    chosen = PersonalConfig(personal="examples")
+    tuned = pipeline(config(lists, tmp_path / "run", model=str(base), personal=chosen), World())
+    network = StableDiffusionPipeline.from_pretrained(base, safety_checker=None).unet
+    people = load_branch(network, tuned.local_folder("person"))
+    assert people.ids == ("user-0", "user-1", "user-2", "user-3")
+    _, vectors = taste_vectors(lists, "validation", pixel_statistics)
+    torch.testing.assert_close(people.embeddings_UJ, torch.from_numpy(vectors).float(), check_dtype=False)
+    vanilla = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    plain = image(vanilla)
+    vanilla.load_ip_adapter(str(tuned.local_folder("person")), "", "ip_adapter.safetensors", image_encoder_folder=None)
+    stranger = people.embeddings_UJ[3].detach().expand(2, 1, -1)
+    assert abs(image(vanilla, ip_adapter_image_embeds=[stranger]) - plain).max() > 1e-5
 
 
 def test_edits(tmp_path: Path) -> None:
@@ -127,6 +163,23 @@ def test_edits(tmp_path: Path) -> None:
     base.load_lora_weights(tuned.local_folder("lora"))
     (after,) = generate(base, ["make the circle red"], [0], settings, sources=[source])
     assert before.tobytes() != after.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd-v", "sdxl", "sd3", "flux"])
+def test_every_family_is_tuned_and_plain_diffusers_loads_what_is_written(kind: str, tmp_path: Path) -> None:
+    lists = toy_lists.lists(tmp_path / "lists", count=12)
+    base = tiny_diffusion.save_tiny(kind, tmp_path)
+    settings = config(lists, tmp_path / "run", model=str(base), weights=WeightsConfig(rank=4))
+    tuned = pipeline(replace(settings, encode=replace(settings.encode, resolution=tiny_diffusion.SIDE)), World())
+    vanilla = DiffusionPipeline.from_pretrained(base)
+    size = {"height": tiny_diffusion.SIDE, "width": tiny_diffusion.SIDE}
+    plain = image(vanilla, **size)
+    vanilla.load_lora_weights(tuned.local_folder("lora"))
+    assert abs(image(vanilla, **size) - plain).max() > 1e-4
+    report = tuned.read_json("report.json")
+    assert all(math.isfinite(value) for value in report.values())
+    # Three steps away from the reference: the errors differ, and not by much.
+    assert 0 < abs(report["test/winner_error"]) < 0.5
 
 
 def test_lists_without_people_cannot_be_personal(tmp_path: Path) -> None:

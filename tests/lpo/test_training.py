@@ -22,10 +22,10 @@ from palate.lpo.training import (
     ObjectiveConfig,
     Orders,
     TuneConfig,
-    _loss,
     list_losses,
     measure,
     signals,
+    step_loss,
     tune,
 )
 from palate.models.diffusion import LoadedDiffusion, load_diffusion
@@ -70,7 +70,9 @@ def gradient(denoiser: Denoiser, parameters: Any, samples: Any, objective: Objec
     for _, parameter in parameters:
         parameter.grad = None
     totals = {"lists": float(len(samples))}
-    output = _loss(denoiser.network, samples, totals, denoiser=denoiser, objective=objective, config=TuneConfig(**tune))
+    output = step_loss(
+        denoiser.network, samples, totals, denoiser=denoiser, objective=objective, config=TuneConfig(**tune)
+    )
     output.loss.backward()
     return output.loss.detach(), torch.cat([p.grad.flatten() for _, p in parameters]), output.metrics
 
@@ -131,7 +133,7 @@ def test_micro_batches_add_up(base: LoadedDiffusion, corpus: Any) -> None:
         for _, parameter in parameters:
             parameter.grad = None
         config = TuneConfig()
-        output = _loss(
+        output = step_loss(
             denoiser.network,
             [sample],
             {"lists": float(len(samples))},

@@ -2,15 +2,18 @@
 
 import hashlib
 import io
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
-from palate.artifacts import is_local, locate
+from palate.artifacts import Artifact, is_local, locate
 from palate.corpora.rankings import SUFFIXES, Found
 from palate.corpora.schema import IMAGES
+from palate.corpora.streams import CorpusError
 
 Mode = Literal["reference", "embed", "skip"]
 
@@ -31,6 +34,60 @@ def image_size(content: bytes) -> tuple[int, int]:
             return image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"not an image that can be decoded: {error}") from None
+
+
+def image_bytes(row: Mapping[str, Any]) -> bytes:
+    """The encoded image of a row of ``IMAGES``, which holds it or says where it is."""
+    if row["bytes"] is not None:
+        return bytes(row["bytes"])
+    filesystem, path = locate(row["path"])
+    return bytes(filesystem.cat_file(path))
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """An encoded image in RGB.
+
+    Raises:
+        ValueError: the bytes are no image that can be decoded whole.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not an image that can be decoded: {error}") from None
+
+
+def read_image(row: Mapping[str, Any]) -> Image.Image:
+    """The image of a row of ``IMAGES``, in RGB.
+
+    Raises:
+        CorpusError: it cannot be decoded; the message names it.
+    """
+    try:
+        return decode_image(image_bytes(row))
+    except ValueError as error:
+        raise CorpusError(
+            f"image {row['image_uid']}: {error}. Prepare the lists again (jobs/prepare.py rankings)"
+        ) from None
+
+
+def read_images(corpus: Artifact, uids: set[str]) -> dict[str, bytes]:
+    """Encoded images of a corpus by uid.
+
+    Raises:
+        CorpusError: one is not there.
+    """
+    found: dict[str, bytes] = {}
+    for path in corpus.paths("images/", ".parquet"):
+        filters = [("image_uid", "in", sorted(uids))]
+        rows = pq.read_table(corpus.local(path), schema=IMAGES, filters=filters).to_pylist()
+        found |= {row["image_uid"]: image_bytes(row) for row in rows}
+    if missing := sorted(uids - found.keys()):
+        raise CorpusError(
+            f"{corpus.url} lacks {len(missing)} images that it names, such as {missing[0]!r}: prepare it again, with "
+            "its images"
+        )
+    return found
 
 
 class Gallery:

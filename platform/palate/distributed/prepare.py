@@ -1,4 +1,4 @@
-"""Corpus preparation on a Ray cluster: the tasks of ``palate.corpora.preparation``, run by Ray Data.
+"""Tasks of a preparation (``palate.corpora.preparation``, ``palate.lpo.encoding``) on a Ray cluster, by Ray Data.
 
 On retry: Ray may run a task twice, on another node too. Every task writes an artifact of its own under a name that
 depends on the task alone, so the second run finds it or writes the same files again. ``--out`` must be storage that
@@ -6,10 +6,11 @@ all nodes see: a shared folder or a URL.
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.data import DataContext
+from ray.data import ActorPoolStrategy, DataContext
 
 from palate.corpora.preparation import Step
 from palate.corpora.streams import CorpusError
@@ -22,18 +23,52 @@ def run_with_ray(step: Step) -> list[dict[str, Any]]:
     Raises:
         CorpusError: a task found that the input is not what the command says.
     """
-    if not ray.is_initialized():
-        ray.init()
-    DataContext.get_current().enable_progress_bars = False
-    rows = [{"position": position, "task": task} for position, task in enumerate(step.tasks)]
+    return _run(step, compute=None, gpus=0)
 
-    def run(row: dict[str, Any]) -> dict[str, Any]:
+
+def run_with_actors(step: Step) -> list[dict[str, Any]]:
+    """The same in actors that stay, for tasks that keep a model in memory: one for each GPU of the cluster, or where
+    there is none, for every second CPU.
+
+    Raises:
+        CorpusError: a task found that the input is not what the command says.
+    """
+    _join()
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    count = min(len(step.tasks), gpus or max(1, int(resources.get("CPU", 1)) // 2))
+    return _run(step, compute=ActorPoolStrategy(size=max(1, count)), gpus=1 if gpus else 0)
+
+
+class _Task:
+    """What an actor, or a task, does with a row."""
+
+    def __init__(self, run: Callable[[Any], dict[str, Any]]) -> None:
+        self._run = run
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
-            return {"position": row["position"], "result": json.dumps(step.run(row["task"])), "error": ""}
+            return {"position": row["position"], "result": json.dumps(self._run(row["task"])), "error": ""}
         except CorpusError as error:  # a finding about the input, not a failure to retry
             return {"position": row["position"], "result": "", "error": str(error)}
 
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(run)
+
+def _join() -> None:
+    if not ray.is_initialized():
+        ray.init()
+
+
+def _run(step: Step, compute: ActorPoolStrategy | None, gpus: int) -> list[dict[str, Any]]:
+    if not step.tasks:
+        return []
+    _join()
+    DataContext.get_current().enable_progress_bars = False
+    rows = [{"position": position, "task": task} for position, task in enumerate(step.tasks)]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    if compute is None:
+        dataset = dataset.map(_Task(step.run).__call__)
+    else:
+        dataset = dataset.map(_Task, fn_constructor_args=(step.run,), compute=compute, num_gpus=gpus)
     finished = sorted(track(dataset.iter_rows(), step.label, len(rows)), key=lambda row: row["position"])
     for row in finished:
         if row["error"]:

@@ -35,7 +35,8 @@ from palate import artifacts, progress
 from palate import config as configs
 from palate.artifacts import Artifact, ArtifactMismatch, Writer, join
 from palate.config import scale
-from palate.corpora.schema import IMAGES, LISTS, RANKED_LISTS
+from palate.corpora.pictures import read_images
+from palate.corpora.schema import LISTS, RANKED_LISTS
 from palate.evaluation import report
 from palate.evaluation.prompts import Prompt, PromptError, corpus_prompts, read_prompts
 from palate.evaluation.report import Cell, Report, System
@@ -157,7 +158,7 @@ class Comparison:
         self.prompts = self._prompts()
         self.units = np.unique([prompt.unit for prompt in self.prompts], return_inverse=True)[1].repeat(config.images)
         uids = {uid for prompt in self.prompts for uid in (prompt.source, prompt.target) if uid}
-        self._pictures = read_images(self.corpus, uids) if uids and not config.prompts else None
+        self._pictures = read_images(self.corpus, uids) if self.corpus and uids and not config.prompts else None
 
     def discard(self) -> None:
         """Remove what OUT holds of these systems."""
@@ -685,27 +686,6 @@ def seed_of(seed: int, *parts: object) -> int:
 
 def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def read_images(corpus: Artifact | None, uids: set[str]) -> dict[str, bytes]:
-    """Encoded images of a corpus by uid.
-
-    Raises:
-        ValueError: one is not there.
-    """
-    found: dict[str, bytes] = {}
-    paths = corpus.paths("images/", ".parquet") if corpus else []
-    for path in paths:
-        assert corpus is not None
-        filters = [("image_uid", "in", sorted(uids))]
-        for row in pq.read_table(corpus.local(path), schema=IMAGES, filters=filters).to_pylist():
-            if row["bytes"] is None:
-                filesystem, place = artifacts.locate(row["path"])
-                row["bytes"] = filesystem.cat_file(place)
-            found[row["image_uid"]] = row["bytes"]
-    if missing := sorted(uids - found.keys()):
-        raise ValueError(f"--corpus has no image {missing[0]!r}; prepare it again, with its images")
-    return found
 
 
 class _Once:

@@ -10,7 +10,6 @@ to the resolution and cropped at the centre; what SDXL wants to know of that is 
 On retry: a shard is an artifact of its own, so a killed encoding goes on after the shards that are finished.
 """
 
-import io
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from palate import artifacts
 from palate import config as configs
 from palate.artifacts import Artifact, Writer
 from palate.config import scale
+from palate.corpora.pictures import decode_image, read_image
 from palate.corpora.preparation import Runner, Step, run_local
 from palate.models.diffusion import LoadedDiffusion, encode_images, encode_text, load_diffusion
 
@@ -79,16 +79,16 @@ class Picture(NamedTuple):
 
 
 def read_picture(content: bytes, resolution: int) -> Picture:
-    """Decode, resize the shorter side to ``resolution`` (bilinear) and crop at the centre.
+    """Decode and crop.
 
     Raises:
         ValueError: the bytes are no image that can be decoded whole.
     """
-    try:
-        with Image.open(io.BytesIO(content)) as opened:
-            image = opened.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not an image that can be decoded: {error}") from None
+    return crop_picture(decode_image(content), resolution)
+
+
+def crop_picture(image: Image.Image, resolution: int) -> Picture:
+    """Resize the shorter side of an RGB image to ``resolution`` (bilinear) and crop at the centre."""
     width, height = image.size
     factor = resolution / min(width, height)
     # Rounding must not make a side shorter than the crop.
@@ -105,7 +105,8 @@ def encode(
     """The latents and text embeddings of ``lists`` at ``out``, made by ``model`` unless they are there.
 
     Raises:
-        ValueError: an image cannot be decoded (naming it), or the result would not fit on the disk.
+        CorpusError: an image cannot be decoded (naming it).
+        ValueError: the result would not fit on the disk.
         ArtifactMismatch: something else is there.
     """
     if fresh:
@@ -167,7 +168,7 @@ class _Encoding:
             with pq.ParquetFile(self.lists.local(path)) as file:
                 for batch in file.iter_batches(config.encode_batch):
                     found = batch.to_pylist()
-                    pictures = [_picture(row, config.resolution) for row in found]
+                    pictures = [crop_picture(read_image(row), config.resolution) for row in found]
                     means, deviations = encode_images(loaded, torch.stack([picture.pixels for picture in pictures]))
                     yield [
                         {
@@ -219,19 +220,6 @@ class _Encoding:
         inputs = {"lists": self.lists}
         made = artifacts.ensure(artifacts.join(self.out, name), produce, kind=SHARD, config=config, inputs=inputs)
         return made.summary
-
-
-def _picture(row: Mapping[str, Any], resolution: int) -> Picture:
-    content = row["bytes"]
-    if content is None:
-        filesystem, path = artifacts.locate(row["path"])
-        content = filesystem.cat_file(path)
-    try:
-        return read_picture(content, resolution)
-    except ValueError as error:
-        raise ValueError(
-            f"image {row['image_uid']}: {error}. Prepare the lists again (jobs/prepare.py rankings)"
-        ) from None
 
 
 def _captions(lists: Artifact) -> list[str]:
@@ -301,6 +289,8 @@ class Encoded:
         self._shapes = {name: tuple(settings[name]) for name in ("latents", "text", "pooled") if name in settings}
         self._places = {name: self._index(name, key) for name, key in (("latents", "image_uid"), ("texts", "caption"))}
         self._group: Callable[[str, int], list[dict[str, Any]]] = lru_cache(maxsize=keep)(self._read_group)
+        # Open files, as reading one's footer takes longer than a row group.
+        self._file: Callable[[str], pq.ParquetFile] = lru_cache(maxsize=64)(pq.ParquetFile)
 
     def __contains__(self, image_uid: str) -> bool:
         return image_uid in self._places["latents"]
@@ -336,8 +326,7 @@ class Encoded:
         return self._group(path, group)[row]
 
     def _read_group(self, path: str, group: int) -> list[dict[str, Any]]:
-        with pq.ParquetFile(path) as file:
-            return list(file.read_row_group(group).to_pylist())
+        return list(self._file(path).read_row_group(group).to_pylist())
 
     def _index(self, name: str, key: str) -> dict[str, tuple[str, int, int]]:
         places = {}

@@ -41,9 +41,12 @@ Reference = Callable[[], AbstractContextManager[nn.Module]]
 
 
 def tuned(
-    loaded: LoadedDiffusion, config: WeightsConfig, seed: int = 0
+    loaded: LoadedDiffusion, config: WeightsConfig, seed: int = 0, *, keep_reference: bool = True
 ) -> tuple[list[tuple[str, nn.Parameter]], Reference]:
     """The parameters to train, in the loaded denoiser itself, and the reference.
+
+    Args:
+        keep_reference: without, full weights come without a copy, and the reference is the network before training.
 
     Raises:
         ValueError: settings that do not go together, or no layer of the names in ``targets``.
@@ -57,7 +60,7 @@ def tuned(
             raise ValueError(
                 "--start-lora and --reference-lora go with --weights lora; with full weights, fuse them first"
             )
-        reference = copy.deepcopy(network).eval()
+        reference = copy.deepcopy(network).eval() if keep_reference else network
         network.float().requires_grad_(True)
         return list(network.named_parameters()), lambda: nullcontext(reference)
     torch.manual_seed(seed)  # PEFT draws A from the global generator

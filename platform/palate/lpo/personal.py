@@ -134,7 +134,18 @@ def save_branch(network: nn.Module, people: People, folder: Path) -> None:
     for name, tensor in projection.state_dict().items():
         tensors[f"image_proj.{name.replace('image_embeds', 'proj')}"] = tensor
     save_file({name: _whole(tensor) for name, tensor in tensors.items()}, folder / ADAPTER, metadata={"format": "pt"})
+    save_people(people, folder)
+
+
+def save_people(people: People, folder: Path) -> None:
+    """Write the embeddings and whose they are."""
     save_file({"embeddings": _whole(people.embeddings_UJ)}, folder / USERS, metadata={"ids": json.dumps(people.ids)})
+
+
+def load_people(folder: Path) -> People:
+    """What ``save_people`` wrote; frozen."""
+    with safe_open(folder / USERS, framework="pt") as file:
+        return People(json.loads(file.metadata()["ids"]), file.get_tensor("embeddings"), learned=False)
 
 
 def load_branch(network: nn.Module, folder: Path) -> People:
@@ -151,10 +162,7 @@ def load_branch(network: nn.Module, folder: Path) -> People:
         part, _, rest = name.partition(".")
         state[part][rest] = tensor
     _load(network, state)
-    with safe_open(folder / USERS, framework="pt") as file:
-        ids = json.loads(file.metadata()["ids"])
-        embeddings = file.get_tensor("embeddings")
-    return People(ids, embeddings, learned=False)
+    return load_people(folder)
 
 
 def _load(network: nn.Module, state: Mapping[str, Mapping[str, Tensor]]) -> None:

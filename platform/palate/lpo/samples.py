@@ -5,9 +5,10 @@ micro-batch. Shared over the list, by default: timestep and noise (spec a.5), as
 difference of two errors is then that of the images alone. The prompt is dropped for the whole list.
 """
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -37,6 +38,9 @@ class DrawConfig:
     """Editing: share of lists without source image; as many without instruction, and as many without both."""
     user_dropout: float = 0.1
     """Personal: share of lists that are trained as nobody's."""
+    fixed_draws: int = 0
+    """So many draws of noise, timestep and dropout for each list, whose reference errors are computed once, before the
+    training; 0: new draws in every epoch."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ class Order:
 
 @dataclass(frozen=True)
 class ListSample:
-    """A drawn list of m images. ``index_M``: timesteps; ``uniform``: for what a loss draws itself."""
+    """A drawn list of m images. ``index_M``: timesteps; ``uniform``: for what a loss draws itself; ``reference_M``: the
+    reference's errors, where they were computed before."""
 
     order: Order
     latents_MCHW: Tensor
@@ -61,6 +66,7 @@ class ListSample:
     given: Conditioning  # m rows
     weight: float
     uniform: float
+    reference_M: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.index_M)
@@ -157,6 +163,7 @@ class ListSource:
         self.name, self._table, self._drawing = name, table, drawing
         self._ids = table["list_id"].to_pylist()
         self.fingerprint = hashlib.sha256("\n".join([digest, *self._ids]).encode()).hexdigest()[:16]
+        self._reference: Mapping[tuple[int, int], Sequence[float]] | None = None
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -168,7 +175,36 @@ class ListSource:
         """The record."""
         return dict(self._table.slice(index, 1).to_pylist()[0])
 
+    @property
+    def fixed_draws(self) -> int:
+        """How many draws of each list there are; 0: any number."""
+        return self._drawing.config.fixed_draws
+
+    def with_reference(self, errors: Mapping[tuple[int, int], Sequence[float]]) -> "ListSource":
+        """The same lists with the reference's errors of each image, by index and draw."""
+        found = copy.copy(self)
+        found._reference = errors
+        return found
+
     def load(self, index: int, seed: int) -> ListSample:
+        """Draw from a list, by the seed alone.
+
+        Raises:
+            CorruptSample: an image or a text of it was not encoded.
+        """
+        if self.fixed_draws:
+            return self.draw(index, seed % self.fixed_draws)
+        return self._sample(index, seed)
+
+    def draw(self, index: int, draw: int) -> ListSample:
+        """One of the ``fixed_draws`` of a list, with the reference's errors where they are known."""
+        name = f"{self.id(index)} {draw}".encode()
+        sample = self._sample(index, int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()))
+        if self._reference is None:
+            return sample
+        return replace(sample, reference_M=torch.tensor(self._reference[index, draw]))
+
+    def _sample(self, index: int, seed: int) -> ListSample:
         try:
             return self._drawing.sample(self.row(index), seed)
         except KeyError as error:

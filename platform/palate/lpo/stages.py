@@ -1,6 +1,8 @@
 """LPO from ranked lists to a tuned generator: encode -> tune -> write what plain diffusers loads.
 
     RUN/encoded     latents and text embeddings, once
+    RUN/people      with --personal examples: people's vectors
+    RUN/reference   with --fixed-draws: the reference's errors, once
     RUN/training    checkpoints and logs (TensorBoard, JSON lines)
     RUN/tuned       lora/, pipeline/ or person/, a model card, signals on held-out lists, and a grid of images
 
@@ -8,9 +10,10 @@ Started again, the pipeline skips what is finished and goes on where it was.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -20,29 +23,38 @@ from torch import nn
 from palate import artifacts, progress
 from palate.artifacts import Artifact, Writer, join
 from palate.config import identity, scale, to_dict
+from palate.corpora.preparation import Runner, run_local
 from palate.corpora.schema import RANKED_LISTS
 from palate.lpo import personal, sampling
 from palate.lpo.denoising import noise_schedule
 from palate.lpo.encoding import EncodeConfig, Encoded, encode
 from palate.lpo.networks import TRAINED, WeightsConfig, tuned
+from palate.lpo.reference import precomputed
 from palate.lpo.samples import DrawConfig, Drawing, Users, image_source, list_source, read_lists
 from palate.lpo.sampling import SampleConfig
+from palate.lpo.taste import taste_vectors
 from palate.lpo.training import Denoiser, ObjectiveConfig, TuneConfig, measure, tune
 from palate.models.diffusion import LoadedDiffusion, load_diffusion
+from palate.models.image_features import PIXELS, image_features
 from palate.training.checkpoints import Store
 from palate.training.parallel import World
 
-TUNED = "lpo-tuned"
+TUNED, PEOPLE = "lpo-tuned", "lpo-people"
 
 
 @dataclass(frozen=True)
 class PersonalConfig:
     """One model for many people: an embedding each, read by decoupled cross-attention."""
 
-    personal: Literal["none", "learned"] = "none"
-    """learned: an embedding for each person of the training lists, beside a frozen base model."""
+    personal: Literal["none", "learned", "examples"] = "none"
+    """learned: an embedding for each person of the training lists, beside a frozen base model; examples: a vector
+    computed from each person's example lists, so that people whom the training does not see have one too."""
     width: int = 32
-    """Of an embedding."""
+    """Of a learned embedding."""
+    examples_split: Literal["train", "validation"] = "validation"
+    """Where the examples come from. Of other lists than the training's, a vector says what it will say of strangers."""
+    features: str = PIXELS
+    """What examples are compared by: "pixels", simple statistics, or a CLIP or DINO model by folder or hub id."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +93,30 @@ def start_over(config: LpoConfig) -> None:
     """Discard the run's stages, if ``fresh``."""
     if config.fresh:
         artifacts.discard(join(config.out, "tuned"))
-        for folder in artifacts.folders(join(config.out, "encoded")):
+        stages = [artifacts.folders(join(config.out, name)) for name in ("encoded", "reference")]
+        for folder in (*chain.from_iterable(stages), join(config.out, "people")):
             artifacts.discard(folder)
         Store(join(config.out, "training"), {}, 1, World()).discard()
+
+
+def encode_lists(config: LpoConfig, device: str, runner: Runner = run_local) -> Encoded:
+    """The first stage, unless it is finished; ``device``: where the encoders run if the settings do not say."""
+    lists = artifacts.open_artifact(config.lists, RANKED_LISTS)
+    settings = replace(config.encode, encode_device=config.encode.encode_device or device)
+    return encode(lists, config.model, join(config.out, "encoded"), settings, runner)
+
+
+def people_of_examples(config: LpoConfig, lists: Artifact, device: str) -> Artifact:
+    """Everybody's vector from their example lists, unless they are there."""
+    chosen = {"split": config.personal.examples_split, "features": config.personal.features}
+
+    def produce(writer: Writer) -> None:
+        features = image_features(config.personal.features, device)
+        ids, vectors_UD = taste_vectors(lists, config.personal.examples_split, features)
+        personal.save_people(personal.People(ids, torch.from_numpy(vectors_UD), learned=False), writer.folder)
+        writer.summary.update(people=len(ids), width=vectors_UD.shape[1])
+
+    return artifacts.ensure(join(config.out, "people"), produce, kind=PEOPLE, config=chosen, inputs={"lists": lists})
 
 
 def pipeline(config: LpoConfig, world: World) -> Artifact:
@@ -103,17 +136,19 @@ def pipeline(config: LpoConfig, world: World) -> Artifact:
         return found
     if world.main:
         with progress.stage("encode"):
-            device = config.encode.encode_device or str(world.device)
-            encode(lists, config.model, join(config.out, "encoded"), replace(config.encode, encode_device=device))
+            encode_lists(config, str(world.device))
+        if config.personal.personal == "examples":
+            with progress.stage("people"):
+                people_of_examples(config, lists, str(world.device))
     world.barrier()
     encoded = Encoded(join(config.out, "encoded"))
     loaded = load_diffusion(config.model, device=str(world.device))
     run = _Run(config, lists, encoded, loaded, world)
     with progress.stage("tune"):
-        summary, people = run.tune()
+        summary = run.tune()
     if world.main:
         with progress.stage("write"):
-            produce = partial(run.write, people=people, seconds=summary.seconds)
+            produce = partial(run.write, seconds=summary.seconds)
             artifacts.ensure(out, produce, kind=TUNED, config=described, inputs={"lists": lists})
     world.barrier()
     return artifacts.open_artifact(out, TUNED)
@@ -129,19 +164,23 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.schedule = noise_schedule(self.loaded.scheduler)
-        self.users = self._users()
+        self.people = self._people()
 
-    def _users(self) -> tuple[str, ...]:
-        """The people of the training lists, where they are learned."""
-        if self.config.personal.personal == "none":
-            return ()
+    def _people(self) -> personal.People | None:
+        """Those who are learned, or who have examples."""
+        chosen = self.config.personal
+        if chosen.personal == "none":
+            return None
+        if chosen.personal == "examples":
+            made = artifacts.open_artifact(join(self.config.out, "people"), PEOPLE)
+            return personal.load_people(made.local_folder())
         found = set(read_lists(self.lists, "train")["user_id"].to_pylist()) - {None}
         if not found:
             raise ValueError(
                 f"{self.config.lists} names no person: prepare the lists with --group-by caption-user, or leave "
                 "--personal out"
             )
-        return tuple(sorted(found))
+        return personal.new_people(sorted(found), chosen.width, self.config.seed)
 
     def drawing(self) -> Drawing:
         loaded = self.loaded
@@ -152,18 +191,19 @@ class _Run:
             scaling=_scaling(loaded),
             editing=loaded.family == "ip2p",
             sized=loaded.family == "sdxl",
-            users=Users({user: place for place, user in enumerate(self.users)}) if self.users else None,
+            users=Users(self.people.places) if self.people else None,
         )
 
-    def tune(self) -> tuple[Any, personal.People | None]:
+    def tune(self) -> Any:
         """Train, and leave the tuned weights in the loaded pipeline."""
         config = self.config
         network = self.loaded.denoiser
-        people = None
-        if self.users:
-            people = personal.new_people(self.users, config.personal.width, config.seed).to(self.world.device)
-            personal.add_branch(network, config.personal.width, config.seed)
-            parameters = [("people.embeddings_UJ", people.embeddings_UJ), *personal.branch_parameters(network)]
+        if self.people is not None:
+            people = self.people.to(self.world.device)
+            personal.add_branch(network, people.embeddings_UJ.shape[1], config.seed)
+            parameters = personal.branch_parameters(network)
+            if people.embeddings_UJ.requires_grad:
+                parameters = [("people.embeddings_UJ", people.embeddings_UJ), *parameters]
             network.add_module("people", people)  # a parameter of the model like the others, while it trains
             denoiser = Denoiser(
                 network,
@@ -173,15 +213,21 @@ class _Run:
                 partial(people.given, network),
             )
         else:
-            parameters, reference = tuned(self.loaded, config.weights, config.seed)
+            keep = not config.draw.fixed_draws
+            parameters, reference = tuned(self.loaded, config.weights, config.seed, keep_reference=keep)
             denoiser = Denoiser(network, self.loaded.family, self.schedule, reference)
         network.train()
         described = {name: value for name, value in identity(config).items() if name not in ("sample", "grid")}
         self.denoiser = denoiser
+        source = (image_source if config.train_on == "images" else list_source)(self.lists, "train", self.drawing())
+        if config.draw.fixed_draws and config.learn.objective not in ("sft", "denoising"):
+            what = {name: described[name] for name in ("model", "weights", "draw", "personal", "seed", "encode")}
+            what["precision"] = config.tune.precision
+            source = precomputed(denoiser, source, config.tune, join(config.out, "reference"), self.world, what)
         summary = tune(
             denoiser,
             parameters,
-            (image_source if config.train_on == "images" else list_source)(self.lists, "train", self.drawing()),
+            source,
             config.learn,
             config.tune,
             join(config.out, "training"),
@@ -190,9 +236,12 @@ class _Run:
             identity={"lpo": described, "lists": self.lists.digest},
         )
         network.eval()
-        return summary, people
+        if config.draw.fixed_draws and config.weights.weights == "full" and self.people is None:
+            base = load_diffusion(config.model, device=str(self.world.device)).denoiser
+            self.denoiser = replace(denoiser, reference=lambda: nullcontext(base))
+        return summary
 
-    def write(self, writer: Writer, people: personal.People | None, seconds: float) -> None:
+    def write(self, writer: Writer, seconds: float) -> None:
         """The tuned weights, how they do on held-out lists, a grid and a model card."""
         report = {"seconds": seconds}
         for split in ("validation", "test"):
@@ -203,9 +252,9 @@ class _Run:
                 report |= {f"{split}/{name}": value for name, value in measured.items()}
         pipeline = self.loaded.pipeline
         network = self.loaded.denoiser
-        if people is not None:
+        if self.people is not None:
             del network.people
-            personal.save_branch(network, people, writer.folder / "person")
+            personal.save_branch(network, self.people, writer.folder / "person")
         elif self.config.weights.weights == "lora":
             part = self.loaded.denoiser_name
             state = get_peft_model_state_dict(network, adapter_name=TRAINED)
@@ -215,12 +264,13 @@ class _Run:
         else:
             pipeline.save_pretrained(writer.folder / "pipeline")
         if self.config.grid and self.loaded.family != "ip2p":
-            self._grid(people).save(writer.folder / "grid.png")
+            self._grid().save(writer.folder / "grid.png")
         writer.write_json("report.json", report)
         (writer.folder / "README.md").write_text(model_card(self.config, self.lists, report))
         writer.summary.update(report)
 
-    def _grid(self, people: personal.People | None) -> Any:
+    def _grid(self) -> Any:
+        people = self.people
         splits = [s for s in ("test", "validation", "train") if read_lists(self.lists, s).num_rows]
         captions = sorted(set(read_lists(self.lists, splits[0])["caption"].to_pylist()))[: self.config.grid]
         side = self.encoded.resolution

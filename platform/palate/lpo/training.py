@@ -56,7 +56,9 @@ class TuneConfig:
     batch: int = 64
     """Lists in a global batch."""
     learning_rate: float = 1e-5
-    """AdamW's peak rate, constant after the warm-up."""
+    """AdamW's peak rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the rate does after the warm-up: stays, or falls to 0 at the last step."""
     warmup_ratio: float = 0.05
     """Share of the steps over which the rate rises."""
     weight_decay: float = 0.01
@@ -244,7 +246,7 @@ def tune(
     settings = loop.LoopConfig(
         steps=config.steps,
         seed=seed,
-        schedule="constant",
+        schedule=config.schedule,
         warmup_ratio=config.warmup_ratio,
         precision=config.precision,
         spike_sigmas=config.spike_sigmas,
@@ -254,7 +256,7 @@ def tune(
     )
     group = loop.Group(LISTS, parameters, config.learning_rate, config.weight_decay, config.clip_norm)
     stream = Stream([source], config.batch, seed=seed)
-    loss = partial(_loss, denoiser=denoiser, objective=objective, config=config)
+    loss = partial(step_loss, denoiser=denoiser, objective=objective, config=config)
     weigh = partial(_weigh, objective=objective)
     return loop.train(
         denoiser.network, [group], stream, weigh, loss, settings, folder, world, identity=identity, fresh=fresh
@@ -268,7 +270,7 @@ def _weigh(sample: ListSample, *, objective: ObjectiveConfig) -> dict[str, float
     return {LISTS: sample.weight, "tokens": float(len(sample))}
 
 
-def _loss(
+def step_loss(
     model: nn.Module,
     samples: list[ListSample],
     totals: Mapping[str, float],
@@ -309,9 +311,13 @@ def _part(
     scored_BM = scored_images(orders, uniform_B, objective)
     images = images_of(samples, device).rows(scored_BM[orders.mask_BM])
     compares = objective.objective not in ("sft", "denoising")
-    size = 1 if config.caching == "one-pass" else config.chunk if config.caching == "two-pass" else len(images)
-    spans = [slice(start, start + size) for start in range(0, len(images), size)]
-    reference_N = _reference_errors(denoiser, images, spans) if compares else torch.zeros(len(images), device=device)
+    spans = spans_of(len(images), config)
+    if not compares:
+        reference_N = torch.zeros(len(images), device=device)
+    elif known := [sample.reference_M for sample in samples if sample.reference_M is not None]:
+        reference_N = torch.cat(known).to(device)[scored_BM[orders.mask_BM]]
+    else:
+        reference_N = reference_errors(denoiser, images, spans)
     in_parameters = config.caching == "one-pass"
     in_outputs = objective.safeguard_mu is not None and not in_parameters
 
@@ -345,7 +351,14 @@ def _part(
     return loop.LossOutput(found.loss, {"error": (found.errors_N.sum(), len(index_N)), **metrics})
 
 
-def _reference_errors(denoiser: Denoiser, images: Images, spans: Sequence[slice]) -> Tensor:
+def spans_of(images: int, config: TuneConfig) -> list[slice]:
+    """Which images go through the network together."""
+    size = 1 if config.caching == "one-pass" else config.chunk if config.caching == "two-pass" else images
+    return [slice(start, start + size) for start in range(0, images, size)]
+
+
+def reference_errors(denoiser: Denoiser, images: Images, spans: Sequence[slice]) -> Tensor:
+    """The reference's error (N,) of each image, without gradients."""
     with torch.no_grad(), denoiser.reference() as network:
         found = []
         for span in spans:
