@@ -15,7 +15,7 @@ person's true utility:
 import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from palate.lpo.sampling import SampleConfig, generate
 from palate.lpo.stages import LpoConfig, PersonalConfig, pipeline
 from palate.lpo.training import ObjectiveConfig, TuneConfig
 from palate.models.diffusion import load_diffusion
-from palate.models.shape_classifier import sees, train_classifier
+from palate.models.shape_classifier import ShapeClassifier, sees, train_classifier
 from palate.training.parallel import World
 
 
@@ -70,6 +70,11 @@ class PersonalBenchmark:
     """Processes, of one thread each."""
 
 
+@cache
+def classifier() -> ShapeClassifier:
+    return train_classifier(seed=0)
+
+
 def settings(config: PersonalBenchmark, seed: int, kind: str) -> LpoConfig:
     personal = kind == "personal"
     return LpoConfig(
@@ -98,7 +103,6 @@ def run(task: tuple[str, int], config: PersonalBenchmark) -> dict[str, Any]:
     loaded = load_diffusion(folder)
     random = np.random.default_rng(seed)
     others = {one.user_id: random.choice([two.user_id for two in people if two.group != one.group]) for one in people}
-    classifier = train_classifier(seed=0)
     vectors = None
     if kind == "personal" and tuned is not None:
         vectors = load_branch(loaded.denoiser, tuned.local_folder("person"))
@@ -115,7 +119,7 @@ def run(task: tuple[str, int], config: PersonalBenchmark) -> dict[str, Any]:
             made = generate(loaded.pipeline, prompts, seeds, config.sample, embeddings=given, label=name)
             images = np.stack([np.asarray(image, dtype=np.float64).transpose(2, 0, 1) / 255 for image in made])
             liked = shapes.utilities(shapes.measure(images), np.array([person.weights]))[:, 0]
-            seen = sees(classifier, torch.from_numpy(images).float(), prompts)
+            seen = sees(classifier(), torch.from_numpy(images).float(), prompts)
             found.setdefault(name, {})[person.user_id] = {
                 "utilities": liked.tolist(),
                 "seen": float(seen.float().mean()),

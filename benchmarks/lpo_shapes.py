@@ -18,7 +18,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,14 +38,14 @@ from palate.corpora.pictures import decode_image, read_images
 from palate.corpora.schema import LISTS, RANKED_LISTS
 from palate.corpora.worlds import shapes
 from palate.evaluation.statistics import estimate
-from palate.lpo.denoising import noise_schedule
 from palate.lpo.encoding import EncodeConfig, Encoded, encode
 from palate.lpo.networks import WeightsConfig, tuned
 from palate.lpo.samples import DrawConfig, Drawing, ListSource, image_source, read_lists
 from palate.lpo.sampling import SampleConfig, generate
+from palate.lpo.stages import drawing_of
 from palate.lpo.training import Denoiser, ObjectiveConfig, TuneConfig, images_of, tune
 from palate.models.diffusion import LoadedDiffusion, load_diffusion
-from palate.models.shape_classifier import sees, train_classifier
+from palate.models.shape_classifier import ShapeClassifier, sees, train_classifier
 from palate.training.parallel import World
 
 
@@ -131,7 +131,7 @@ class Judge:
         self.seeds = [1_000_000 * (seed + 1) + place for place in range(config.comparisons)]
         # The annotators' mean taste: lists are theirs together.
         self.weights_1F = np.mean([one.weights for one in shapes.read_annotators(corpus)], axis=0, keepdims=True)
-        self.classifier = train_classifier(seed=0)
+        self.classifier = classifier()
         scenes = image_source(corpus, "test", drawing)
         self.real = [scenes.load(place % len(scenes), 77 + place) for place in range(512)]
 
@@ -166,14 +166,17 @@ class Judge:
         return found
 
 
+@cache
+def classifier() -> ShapeClassifier:
+    return train_classifier(seed=0)
+
+
 def prepared(config: ShapesMatrix) -> tuple[LoadedDiffusion, Drawing]:
     loaded = load_diffusion(config.base)
     corpus = artifacts.open_artifact(config.corpus, RANKED_LISTS)
     settings = EncodeConfig(resolution=shapes.SIDE, latent_dtype="float32", encode_batch=256)
     encoded: Encoded = encode(corpus, config.base, f"{config.out}/encoded", settings)
-    factor = float(loaded.vae.config.scaling_factor)  # type: ignore[union-attr, arg-type]
-    schedule, draws = noise_schedule(loaded.scheduler), DrawConfig(prompt_dropout=0.1)
-    return loaded, Drawing(encoded, schedule, draws, (0.0, factor), editing=loaded.family == "ip2p")
+    return loaded, drawing_of(loaded, encoded, DrawConfig())
 
 
 def run(cell: Cell, config: ShapesMatrix) -> None:

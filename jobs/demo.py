@@ -1,4 +1,5 @@
-"""A small CARD run from nothing to answers in two people's manner, with a report, then over HTTP.
+"""A small CARD run from nothing to answers in two people's manner, with a report, then over HTTP; then a small image
+generator, trained from nothing and tuned on ranked lists, with a grid of the same seeds before and after.
 
 `make demo` runs it.
 """
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,12 +27,18 @@ from palate.card.adaptation import AdaptConfig
 from palate.card.heads import PreferConfig
 from palate.card.stages import CardConfig, PromptConfig, pipeline, start_over
 from palate.config import scale
-from palate.corpora.worlds import personas
+from palate.corpora.worlds import personas, shapes
 from palate.distributed.launch import launch
 from palate.evaluation.cases import Case
 from palate.evaluation.comparison import Comparison, TextConfig
 from palate.evaluation.subject import read_run
 from palate.evaluation.text_report import make_report
+from palate.lpo import stages as lpo
+from palate.lpo.encoding import EncodeConfig
+from palate.lpo.networks import WeightsConfig
+from palate.lpo.sampling import SampleConfig
+from palate.lpo.stages import LpoConfig
+from palate.lpo.training import ObjectiveConfig, TuneConfig
 from palate.serving.answers import sample_answers
 from palate.training.guards import TrainingStopped
 from palate.users.keys import create_key
@@ -57,7 +64,11 @@ class DemoConfig:
     asked: int = 10
     """People who are asked two questions each in the evaluation."""
     serve: bool = scale(True)
-    """End with a server and a request for each of two people."""
+    """Start a server, with a request for each of two people."""
+    images: bool = scale(True)
+    """End with images: Diffusion-LPO on simulated annotators who like large, contrasting shapes."""
+    image_steps: int = 700
+    """Of training the image generator from nothing."""
     fresh: bool = scale(False)
     """Discard what --out holds and begin anew."""
 
@@ -66,6 +77,7 @@ def main() -> None:
     config = configs.parse(DemoConfig, __doc__)
     if config.asked < 1:
         raise SystemExit(f"demo: --asked must be at least 1, got {config.asked}")
+    grid = None
     try:
         with progress.stage("demo"):
             comparison = run(config)
@@ -75,9 +87,14 @@ def main() -> None:
             if config.serve:
                 with progress.stage("serve"):
                     ask_a_server(config, comparison)
+            if config.images:
+                with progress.stage("images"):
+                    grid = tune_images(config)
     except (ArtifactError, TrainingStopped, ValueError, OSError, openai.OpenAIError, httpx.HTTPError) as error:
         raise SystemExit(f"demo: {error}") from None
     print(f"\nreport: {report.url}/report.md")
+    if grid:
+        print(f"the same seeds before and after tuning on ranked lists: {grid}")
 
 
 def run(config: DemoConfig) -> Comparison:
@@ -162,6 +179,53 @@ def ask_a_server(config: DemoConfig, comparison: Comparison) -> None:
             state = answer.headers["x-palate-personalization"]
             text = answer.parse().choices[0].message.content or ""
             print(f"\n{url} answered {person} ({state}): {' '.join(text.split())}")
+
+
+def tune_images(config: DemoConfig) -> Path:
+    """Train a generator of coloured shapes from nothing, and tune it on ranked lists; the grid of before and after."""
+    corpus = shapes.prepare(
+        shapes.ShapesConfig(
+            out=join(config.out, "shapes"),
+            scenes=3000,
+            pool=10,
+            lists=240,
+            groups=("bold",),
+            users=4,
+            held_out=0,
+            fresh=config.fresh,
+        )
+    )
+    base = LpoConfig(
+        lists=corpus.url,
+        out=join(config.out, "shapes-base"),
+        train_on="images",
+        encode=EncodeConfig(resolution=shapes.SIDE, latent_dtype="float32", encode_batch=256),
+        learn=ObjectiveConfig(objective="denoising"),
+        weights=WeightsConfig(weights="full"),
+        tune=TuneConfig(
+            steps=config.image_steps,
+            batch=16,
+            micro_batch=16,
+            learning_rate=2e-3,
+            schedule="cosine",
+            checkpoint_every=config.image_steps,
+        ),
+        grid=0,
+        fresh=config.fresh,
+    )
+    launch(lpo.pipeline, base, launcher="local", folder=base.out, once=lpo.start_over)
+    tuned = replace(
+        base,
+        out=join(config.out, "shapes-lpo"),
+        model=join(base.out, "tuned", "pipeline"),
+        train_on="lists",
+        learn=ObjectiveConfig(kl_beta=2000),
+        tune=TuneConfig(steps=30, batch=8, micro_batch=8, learning_rate=2e-4),
+        sample=SampleConfig(sampler_steps=20, guidance=2.0),
+        grid=6,
+    )
+    made = launch(lpo.pipeline, tuned, launcher="local", folder=tuned.out, once=lpo.start_over)
+    return made.local("grid.png")
 
 
 @contextmanager

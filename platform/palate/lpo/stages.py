@@ -183,16 +183,8 @@ class _Run:
         return personal.new_people(sorted(found), chosen.width, self.config.seed)
 
     def drawing(self) -> Drawing:
-        loaded = self.loaded
-        return Drawing(
-            self.encoded,
-            self.schedule,
-            self.config.draw,
-            scaling=_scaling(loaded),
-            editing=loaded.family == "ip2p",
-            sized=loaded.family == "sdxl",
-            users=Users(self.people.places) if self.people else None,
-        )
+        users = Users(self.people.places) if self.people else None
+        return drawing_of(self.loaded, self.encoded, self.config.draw, users)
 
     def tune(self) -> Any:
         """Train, and leave the tuned weights in the loaded pipeline."""
@@ -327,10 +319,18 @@ def model_card(config: LpoConfig, lists: Artifact, report: Mapping[str, float]) 
     )
 
 
-def _scaling(loaded: LoadedDiffusion) -> tuple[float, float]:
-    """``(shift, factor)``: what the denoiser sees is ``(latent - shift) * factor``."""
-    config: Any = loaded.vae.config
-    return float(config.get("shift_factor") or 0.0), float(config.get("scaling_factor") or 1.0)
+def drawing_of(loaded: LoadedDiffusion, encoded: Encoded, config: DrawConfig, users: Users | None = None) -> Drawing:
+    """How records become samples for this model."""
+    vae: Any = loaded.vae.config
+    return Drawing(
+        encoded,
+        noise_schedule(loaded.scheduler),
+        config,
+        scaling=(float(vae.get("shift_factor") or 0.0), float(vae.get("scaling_factor") or 1.0)),
+        editing=loaded.family == "ip2p",
+        sized=loaded.family == "sdxl",
+        users=users,
+    )
 
 
 @contextmanager

@@ -31,16 +31,26 @@ _QUIET = 128.0  # see identity_vae
 def build_shapes_pipeline(
     seed: int, *, edit: bool = False
 ) -> StableDiffusionPipeline | StableDiffusionInstructPix2PixPipeline:
-    """A pipeline with random weights for scenes of ``shapes.SIDE`` pixels; with ``edit`` one that changes a scene.
+    """A pipeline with random weights for scenes of ``shapes.SIDE`` pixels; with ``edit`` one that changes a scene."""
+    return build_small_pipeline(shapes.vocabulary(), seed, side=shapes.SIDE, pixel_std=PIXEL_STD, edit=edit)
+
+
+def build_small_pipeline(
+    words: Iterable[str], seed: int, *, side: int, pixel_std: float, edit: bool = False
+) -> StableDiffusionPipeline | StableDiffusionInstructPix2PixPipeline:
+    """A pipeline with random weights for images of ``side`` pixels, a multiple of 8, whose captions are of ``words``.
 
     v-prediction, 1,000 timesteps with zero terminal SNR (arXiv 2305.08891), DDIM. Weights are a function of the
     seed; torch's own random state is left alone.
+
+    Args:
+        pixel_std: of the images, pixels in [-1, 1]; the denoiser sees pixels divided by it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text_encoder = small_text_encoder(tokenizer := word_tokenizer(shapes.vocabulary(), TOKENS))
+        text_encoder = small_text_encoder(tokenizer := word_tokenizer(words, TOKENS))
         unet = UNet2DConditionModel(
-            sample_size=shapes.SIDE,
+            sample_size=side,
             in_channels=6 if edit else 3,
             out_channels=3,
             # Few channels where there are many pixels: that is where a CPU's time goes.
@@ -57,7 +67,7 @@ def build_shapes_pipeline(
             attention_head_dim=8,
             norm_num_groups=1,
         )
-        vae = identity_vae(1 / PIXEL_STD)
+        vae = identity_vae(1 / pixel_std, side)
     made = StableDiffusionInstructPix2PixPipeline if edit else StableDiffusionPipeline
     return made(
         vae=vae,
@@ -132,7 +142,7 @@ def text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextCo
 
 
 @torch.no_grad()
-def identity_vae(scaling_factor: float) -> AutoencoderKL:
+def identity_vae(scaling_factor: float, side: int = shapes.SIDE) -> AutoencoderKL:
     """An ``AutoencoderKL`` whose latents are the pixels: mean x, deviation e^-15, and decoding gives x back.
 
     Its residual branches are zero. The eight hidden channels are (x, -x, q, -q) with a constant q far larger than any
@@ -149,7 +159,7 @@ def identity_vae(scaling_factor: float) -> AutoencoderKL:
         use_post_quant_conv=False,
         scaling_factor=scaling_factor,
         force_upcast=False,
-        sample_size=shapes.SIDE,
+        sample_size=side,
     )
     for weight in vae.parameters():
         weight.zero_()
