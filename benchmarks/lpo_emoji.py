@@ -2,7 +2,7 @@
 
     python benchmarks/lpo_emoji.py --emoji emoji-64.parquet --out benchmarks/out/lpo_emoji
 
-EMOJI has columns key, caption and image (PNG), one emoji a row: Noto emoji (Apache-2.0) with their Unicode names. A base
+EMOJI has columns key, caption and image (PNG), one emoji a row: Noto emoji (Apache-2.0) and their Unicode names. A base
 is trained from nothing on those of 80% of the base code points. For captions of these it draws lists of images, which
 are ranked by a scorer stated in advance, colourfulness (Hasler and Suesstrunk, 2003). Each method learns from these
 lists and is compared with the base at the same noise, on captions of the other code points:
