@@ -3,9 +3,9 @@
     python benchmarks/lpo_shapes.py --corpus CORPUS --base RUN/tuned/pipeline --out benchmarks/out/lpo_shapes
 
 CORPUS is what ``jobs/prepare.py shapes`` wrote (with --edits: lists of edits), the base what ``jobs/lpo.py --train-on
-images`` trained on it. Every method learns from the same lists and takes the same number of images a step through the
-network. A cell is a method, a beta and a number of steps; each is run at every seed, from the base, and compared with
-the base at the same noise, on test captions, or on the test lists' sources and instructions:
+images`` trained on it. Every method learns from the same lists, with as many images, or as many lists, in a step. A
+cell is a method, a beta and a number of steps; each is run at every seed, from the base, and compared with the base at
+the same noise, on test captions, or on the test lists' sources and instructions:
 
     win rate    share of test prompts and noises at which the tuned image has the higher true utility, ties half
     drift       denoising error on real held-out scenes, relative to the base's, less 1
@@ -22,7 +22,7 @@ from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -91,7 +91,10 @@ class ShapesMatrix:
     steps: tuple[int, ...] = (40, 120)
     """Numbers of steps after which a run is measured."""
     images: int = 96
-    """Images through the network a step, for every method."""
+    """Images through the network a step, for every method, or for those that take whole lists."""
+    matched: Literal["images", "lists"] = "images"
+    """What is equal in a step: the images that go through the network, so that methods which take a part of each list
+    see more lists; or the lists, so that these take fewer images."""
     learning_rate: float = 2e-4
     """AdamW's, the same for every method."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -196,7 +199,7 @@ def run(cell: Cell, config: ShapesMatrix) -> None:
     table = cut(read_lists(corpus, "train"), config.length)
     lists = ListSource("lists-train", table, f"{corpus.digest} {config.length}", drawing)
     method = methods(round(np.mean([len(items) for items in table["items"].to_pylist()])))[name]
-    batch = config.images // method.images
+    batch = config.images // (method.images if config.matched == "images" else config.length or 8)
     settings = TuneConfig(
         steps=config.steps[-1],
         batch=batch,
