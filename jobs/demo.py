@@ -67,7 +67,7 @@ class DemoConfig:
     """Start a server, with a request for each of two people."""
     images: bool = scale(True)
     """End with images: Diffusion-LPO on simulated annotators who like large, contrasting shapes."""
-    image_steps: int = 700
+    image_steps: int = 800
     """Of training the image generator from nothing."""
     fresh: bool = scale(False)
     """Discard what --out holds and begin anew."""
@@ -94,7 +94,7 @@ def main() -> None:
         raise SystemExit(f"demo: {error}") from None
     print(f"\nreport: {report.url}/report.md")
     if grid:
-        print(f"the same seeds before and after tuning on ranked lists: {grid}")
+        print(f"the same seeds before and after tuning on ranked lists (blobs, after a minute of training): {grid}")
 
 
 def run(config: DemoConfig) -> Comparison:
@@ -220,7 +220,7 @@ def tune_images(config: DemoConfig) -> Path:
         model=join(base.out, "tuned", "pipeline"),
         train_on="lists",
         learn=ObjectiveConfig(kl_beta=2000),
-        tune=TuneConfig(steps=30, batch=8, micro_batch=8, learning_rate=2e-4),
+        tune=TuneConfig(steps=40, batch=8, micro_batch=8, learning_rate=4e-4),
         sample=SampleConfig(sampler_steps=20, guidance=2.0),
         grid=6,
     )
