@@ -16,7 +16,6 @@ turns' ratios.
 
 import gc
 import json
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -349,7 +348,9 @@ def peak(task: tuple[str, int], config: LpoBenchmark) -> float:
         our_step(bench, [sample], learn, TuneConfig(caching=form, chunk=1))  # type: ignore[arg-type]
     if config.device != "cpu":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage's ru_maxrss, which a child takes over from its parent.
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) / 1024
 
 
 def memory(config: LpoBenchmark) -> dict[str, dict[str, float]]:
