@@ -51,14 +51,14 @@ class PersonalBenchmark:
     """Folder of the base pipeline."""
     out: str = scale("benchmarks/out/lpo_personal")
     """Runs, figures and the table."""
-    pooled: TuneConfig = field(
-        default_factory=lambda: TuneConfig(steps=60, batch=12, learning_rate=2e-4, micro_batch=12)
-    )
-    """How the pooled model is tuned."""
-    personal: TuneConfig = field(
-        default_factory=lambda: TuneConfig(steps=300, batch=12, learning_rate=2e-3, micro_batch=12)
-    )
-    """How the branch is tuned."""
+    pooled_steps: int = 60
+    """Of twelve lists, in which all weights are tuned for everybody."""
+    pooled_rate: float = 2e-4
+    """AdamW's."""
+    personal_steps: int = 300
+    """Of twelve lists, in which the branch is trained."""
+    personal_rate: float = 2e-3
+    """AdamW's."""
     kl_beta: float = 2000.0
     """Of both."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -85,7 +85,12 @@ def settings(config: PersonalBenchmark, seed: int, kind: str) -> LpoConfig:
         encode=EncodeConfig(resolution=shapes.SIDE, latent_dtype="float32", encode_batch=256),
         learn=ObjectiveConfig(kl_beta=config.kl_beta),
         weights=WeightsConfig(weights="full"),
-        tune=config.personal if personal else config.pooled,
+        tune=TuneConfig(
+            steps=config.personal_steps if personal else config.pooled_steps,
+            learning_rate=config.personal_rate if personal else config.pooled_rate,
+            batch=12,
+            micro_batch=12,
+        ),
         personal=PersonalConfig(personal="examples" if personal else "none"),
         grid=0,
     )
