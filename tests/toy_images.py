@@ -51,7 +51,7 @@ def person_run(folder: Path, base: str = "shapes", people: Sequence[str] = PEOPL
             generator = torch.Generator().manual_seed(1)
             for name, weight in network.named_parameters():
                 if "to_v_ip" in name:
-                    weight.copy_(torch.randn(weight.shape, generator=generator))
+                    weight.copy_(4 * torch.randn(weight.shape, generator=generator))
         personal.save_branch(network, personal.new_people(people, WIDTH), writer.folder / "person")
 
     return _run(folder, produce, base)

@@ -322,7 +322,7 @@ def test_a_stranger_gets_the_base_models_image_bit_for_bit(service: ImageService
     row = person.people.embeddings_UJ[[PEOPLE.index("bob")], None].detach()
     theirs = vanilla(plain, 5, ip_adapter_image_embeds=[torch.cat([row, row])])
     assert abs(images(service.worker, asked(person, 5, user="bob"))[0] - theirs).max() <= 1
-    assert abs(theirs - expected).max() > 8
+    assert abs(theirs - expected).max() > 20
     mixed = images(service.worker, *(asked(person, 5, user=user) for user in ("zoe", "bob", None)))
     assert abs(mixed[0] - expected).max() <= 1
     assert abs(mixed[1] - theirs).max() <= 1
@@ -337,7 +337,7 @@ def test_people_in_an_editing_pipeline(service: ImageService, runs: dict[str, st
     zoe, ann = images(service.worker, *(asked(person, 3, user=user, **given) for user in ("zoe", "ann")))
     assert (images(service.worker, asked(person, 3, user="zoe", **given))[0] == plain).all()
     assert abs(zoe - plain).max() <= 1
-    assert abs(ann - plain).max() > 8
+    assert abs(ann - plain).max() > 20
 
 
 def test_full_weights_are_a_model_of_their_own(service: ImageService, runs: dict[str, str]) -> None:
