@@ -14,7 +14,6 @@ The base is far from good, and one scorer is no person: this checks signs, and n
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,13 +29,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from ranked_corpus import picture, ranked_list, write_corpus
 
 from palate import artifacts, progress
 from palate import config as configs
-from palate.artifacts import Artifact, Writer
+from palate.artifacts import Artifact
 from palate.config import scale
 from palate.corpora.pictures import decode_image
-from palate.corpora.schema import IMAGES, LISTS, RANKED_LISTS
+from palate.corpora.schema import RANKED_LISTS
 from palate.corpora.worlds.shapes import SCENES
 from palate.evaluation.scorers import colourfulness
 from palate.evaluation.statistics import estimate
@@ -96,27 +96,8 @@ def split_of(key: str) -> str:
     return "test" if hashlib.blake2b(base.encode(), digest_size=1).digest()[0] < 51 else "train"
 
 
-def write_corpus(
-    folder: str, images: Sequence[dict[str, Any]], scenes: Sequence[Any], lists: Sequence[Any]
-) -> Artifact:
-    tables = {
-        "images": pa.Table.from_pylist(list(images), schema=IMAGES),
-        "scenes": pa.Table.from_pylist(list(scenes), schema=SCENES),
-        "lists": pa.Table.from_pylist(list(lists), schema=LISTS),
-    }
-
-    def produce(writer: Writer) -> None:
-        for name, table in tables.items():
-            (writer.folder / name).mkdir()
-            pq.write_table(table, writer.folder / name / "part-00000.parquet")
-
-    return artifacts.ensure(folder, produce, kind=RANKED_LISTS, config={name: t.num_rows for name, t in tables.items()})
-
-
-def picture(uid: str, image: Image.Image) -> dict[str, Any]:
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return {"image_uid": uid, "bytes": stream.getvalue(), "path": None, "width": SIDE, "height": SIDE}
+def scene_table(scenes: Sequence[dict[str, Any]]) -> dict[str, pa.Table]:
+    return {"scenes/part-00000.parquet": pa.Table.from_pylist(list(scenes), schema=SCENES)}
 
 
 def settings(config: EmojiBenchmark, corpus: Artifact, out: str, **changes: Any) -> LpoConfig:
@@ -139,7 +120,7 @@ def base_of(config: EmojiBenchmark) -> tuple[str, list[dict[str, Any]], list[dic
     small = [decode_image(row["image"]).resize((SIDE, SIDE), Image.Resampling.BOX) for row in rows]
     pictures = [picture(row["key"], image) for row, image in zip(rows, small, strict=True)]
     scenes = [{"image_uid": row["key"], "caption": row["caption"], "split": row["split"]} for row in rows]
-    corpus = write_corpus(f"{config.out}/corpus", pictures, scenes, [])
+    corpus = write_corpus(f"{config.out}/corpus", pictures, [], scene_table(scenes))
     words = {"".join(filter(str.isascii, word)) for row in rows for word in row["caption"].split()}
     fresh = Path(config.out) / "fresh"
     if not fresh.exists():
@@ -176,11 +157,7 @@ def ranked(config: EmojiBenchmark, base: str, rows: Sequence[dict[str, Any]]) ->
         drawn = {f"drawn-{number}-{place}": made[8 * number + place] for place in range(8)}
         best_first = sorted(drawn, key=lambda uid, drawn=drawn: -colourfulness(drawn[uid]))  # type: ignore[misc]
         pictures += [picture(uid, image) for uid, image in drawn.items()]
-        items = [{"image_uid": uid, "model": None, "score": None, "tie_group": r} for r, uid in enumerate(best_first)]
-        edges = [{"winner": r, "loser": r + 1, "votes": 1.0, "source_ids": [str(number)]} for r in range(7)]
-        row = {"list_id": str(number), "caption": caption, "user_id": None, "split": "train", "kind": "full"}
-        nothing = {"top_k": None, "source_image": None, "instruction": None, "weight": 1.0}
-        lists.append({**row, **nothing, "items": items, "edges": edges})
+        lists.append(ranked_list(str(number), caption, best_first))
     return pictures, lists
 
 
@@ -224,7 +201,7 @@ def main() -> None:
     base, rows, pictures, scenes = base_of(config)
     if not artifacts.exists(f"{config.out}/ranked"):
         drawn, lists = ranked(config, base, rows)
-        write_corpus(f"{config.out}/ranked", [*pictures, *drawn], scenes, lists)
+        write_corpus(f"{config.out}/ranked", [*pictures, *drawn], lists, scene_table(scenes))
     tasks = [(name, seed) for seed in config.seeds for name in ("base", *METHODS)]
     with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
         results = pool.map(partial(run, config=config, base=base), tasks)

@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from ranked_corpus import picture, ranked_list, write_corpus
 
 from palate import artifacts, progress
 from palate import config as configs
@@ -92,6 +93,8 @@ class ShapesMatrix:
     """Numbers of steps after which a run is measured."""
     images: int = 96
     """Images through the network a step, for every method, or for those that take whole lists."""
+    own: bool = False
+    """Rank images that the base draws of the training lists' captions, rather than the corpus' own scenes."""
     matched: Literal["images", "lists"] = "images"
     """What is equal in a step: the images that go through the network, so that methods which take a part of each list
     see more lists; or the lists, so that these take fewer images."""
@@ -172,6 +175,41 @@ class Judge:
 @cache
 def classifier() -> ShapeClassifier:
     return train_classifier(seed=0)
+
+
+def own_lists(config: ShapesMatrix) -> str:
+    """The corpus with images of the base in its training lists: as many of each caption, ranked by the same people."""
+    corpus = artifacts.open_artifact(config.corpus, RANKED_LISTS)
+    folder = f"{config.out}/own"
+    if artifacts.exists(folder):
+        return folder
+    loaded = load_diffusion(config.base)
+    if loaded.family == "ip2p":
+        raise SystemExit("--own draws images of captions: leave it out with a base that edits")
+    rows = read_lists(corpus, "train").to_pylist()
+    caption_of = {item["image_uid"]: row["caption"] for row in rows for item in row["items"]}
+    uids = sorted(caption_of)
+    made = generate(
+        loaded.pipeline, [caption_of[uid] for uid in uids], list(range(len(uids))), config.sample, label="to rank"
+    )
+    pixels = np.stack([np.asarray(image, dtype=np.float64).transpose(2, 0, 1) / 255 for image in made])
+    features = dict(zip(uids, shapes.measure(pixels), strict=True))
+    weights = {one.user_id: one.weights for one in shapes.read_annotators(corpus)}
+    random = np.random.default_rng(0)
+    lists = []
+    for row in rows:
+        shown = [item["image_uid"] for item in row["items"]]
+        liked = shapes.utilities(np.stack([features[uid] for uid in shown]), np.array([weights[row["user_id"]]]))[:, 0]
+        best_first = [shown[place] for place in shapes.rank(liked, random)]
+        lists.append(ranked_list(row["list_id"], row["caption"], best_first, row["user_id"]))
+    tests = read_lists(corpus, "test").to_pylist()
+    scenes = pq.read_table(corpus.local("scenes/part-00000.parquet"))
+    kept = {*scenes["image_uid"].to_pylist(), *(item["image_uid"] for row in tests for item in row["items"])}
+    images = [picture(uid, decode_image(content)) for uid, content in read_images(corpus, kept).items()]
+    images += [picture(uid, image) for uid, image in zip(uids, made, strict=True)]
+    users = pq.read_table(corpus.local("users.parquet"))
+    write_corpus(folder, images, [*lists, *tests], {"scenes/part-00000.parquet": scenes, "users.parquet": users})
+    return folder
 
 
 def prepared(config: ShapesMatrix) -> tuple[LoadedDiffusion, Drawing]:
@@ -320,6 +358,8 @@ def plot(rows: Sequence[dict[str, Any]], seen: float, file: Path) -> None:
 def main() -> None:
     config = configs.parse(ShapesMatrix, __doc__)
     torch.set_num_threads(1)
+    if config.own:
+        config = replace(config, corpus=own_lists(config))
     prepared(config)  # the encodings, once
     work: list[Cell] = [("base", 0.0, seed) for seed in config.seeds]
     # Seed by seed, so that what is there after a while is whole over the methods.
