@@ -9,17 +9,14 @@ import time
 
 from fastapi import FastAPI
 from ray import serve
+from serve.replicas import Replicas, deploy
 
 from palate.serving.image_http import create_image_app
 from palate.serving.image_service import ImageService, ImageSettings
 
 
-class ImageServerSettings(ImageSettings):
-    """What the config's ``args`` may say, beside ``ImageSettings``."""
-
-    replicas: int = 1
-    cpus_per_replica: float = 1
-    gpus_per_replica: float = 0
+class ImageServerSettings(ImageSettings, Replicas):
+    """What the config's ``args`` may say."""
 
 
 @serve.ingress()
@@ -28,7 +25,7 @@ class ImageServer:
 
     def __init__(self, settings: ImageServerSettings) -> None:
         start = time.perf_counter()
-        plain = settings.model_dump(exclude={"replicas", "cpus_per_replica", "gpus_per_replica"})
+        plain = settings.model_dump(exclude=set(Replicas.model_fields))
         self._service = ImageService(ImageSettings(**plain)).start()
         print(f"replica ready in {time.perf_counter() - start:.1f} s: {sorted(self._service.hosted)}", flush=True)
 
@@ -46,17 +43,4 @@ class ImageServer:
 
 def app(settings: ImageServerSettings) -> serve.Application:
     """The application of the config's ``import_path``."""
-    # The server has a queue and limits of its own, which answer in OpenAI's shapes; Serve's come behind them.
-    most = 2 * (settings.max_batch + settings.max_waiting) + 16
-    deployment = serve.deployment(
-        ImageServer,
-        name="images",
-        num_replicas=settings.replicas,
-        max_ongoing_requests=most,
-        max_queued_requests=most,
-        health_check_period_s=2,
-        health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=60,
-        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
-    )
-    return deployment.bind(settings)
+    return deploy(ImageServer, "images", settings, settings.max_batch + settings.max_waiting)

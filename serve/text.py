@@ -9,20 +9,18 @@ import time
 
 from fastapi import FastAPI
 from ray import serve
+from serve.replicas import Replicas, deploy
 
 from palate.serving.http import create_app
 from palate.serving.service import Service, Settings
 from palate.users.runs import live_run
 
 
-class TextSettings(Settings):
-    """What the config's ``args`` may say, beside ``Settings``."""
+class TextSettings(Settings, Replicas):
+    """What the config's ``args`` may say."""
 
     run: str | None = None
     """A run to serve where none is live yet: the first start needs no administration."""
-    replicas: int = 1
-    cpus_per_replica: float = 1
-    gpus_per_replica: float = 0
 
 
 @serve.ingress()
@@ -31,7 +29,7 @@ class TextServer:
 
     def __init__(self, settings: TextSettings) -> None:
         start = time.perf_counter()
-        plain = settings.model_dump(exclude={"run", "replicas", "cpus_per_replica", "gpus_per_replica"})
+        plain = settings.model_dump(exclude={"run", *Replicas.model_fields})
         self._service = Service(Settings(**plain))
         if settings.run and live_run(self._service.store) is None:
             self._service.register(settings.run)
@@ -52,17 +50,4 @@ class TextServer:
 
 def app(settings: TextSettings) -> serve.Application:
     """The application of the config's ``import_path``."""
-    # The server has a queue and limits of its own, which answer in OpenAI's shapes; Serve's come behind them.
-    most = 2 * (settings.slots + settings.max_waiting) + 16
-    deployment = serve.deployment(
-        TextServer,
-        name="text",
-        num_replicas=settings.replicas,
-        max_ongoing_requests=most,
-        max_queued_requests=most,
-        health_check_period_s=2,
-        health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=60,
-        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
-    )
-    return deployment.bind(settings)
+    return deploy(TextServer, "text", settings, settings.slots + settings.max_waiting)

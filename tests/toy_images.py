@@ -87,5 +87,7 @@ def refuse_red(image: Image.Image) -> str | None:
 
 
 def _run(folder: Path, produce: Any, base: str) -> str:
-    artifacts.ensure(folder / "tuned", produce, kind=TUNED, config={"model": base})
+    artifacts.ensure(
+        folder / "tuned", produce, kind=TUNED, config={"model": base, "base_weights": load_diffusion(base).weights}
+    )
     return str(folder)

@@ -24,6 +24,7 @@ from palate.evaluation.prompts import PromptError, corpus_prompts, read_prompts
 from palate.evaluation.scorers import ScorerConfig
 from palate.lpo.sampling import SampleConfig
 from palate.lpo.stages import TUNED
+from palate.models.diffusion import load_diffusion
 from palate.models.shape_classifier import ShapeClassifier
 
 FAST = SampleConfig(sampler_steps=2, guidance=2.0, batch=32)
@@ -322,9 +323,16 @@ def test_what_does_not_go_together(world: Artifact, runs: dict[str, str], tmp_pa
     file = tmp_path / "edits.jsonl"
     Image.new("RGB", (16, 16), "blue").save(tmp_path / "s.png")
     file.write_text('{"prompt": "make the circle red", "source": "s.png"}')
+    base = tmp_path / "base"
+    made = load_diffusion("shapes").pipeline
+    made.save_pretrained(base)
+    replaced = toy_images.lora_run(tmp_path / "replaced", base=str(base))
+    made.unet.conv_out.weight.data.mul_(2)
+    made.unet.save_pretrained(base / "unet")
     a = f"a={runs['a0']}"
     cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ArtifactMismatch, "only runs of one base model", {"run": (a, f"b={other}"), "corpus": world.url}),
+        (ArtifactMismatch, "was tuned from weights", {"run": (f"r={replaced}",), "corpus": world.url}),
         (ValueError, "--run is missing", {"run": (), "corpus": world.url}),
         (ValueError, "not 'base'", {"run": (f"base={runs['a0']}",), "corpus": world.url}),
         (ValueError, "give --prompts, or --corpus", {"run": (a,)}),

@@ -19,7 +19,7 @@ from palate.lpo.networks import WeightsConfig
 from palate.lpo.personal import load_branch
 from palate.lpo.samples import DrawConfig
 from palate.lpo.sampling import SampleConfig, generate
-from palate.lpo.stages import LpoConfig, PersonalConfig, pipeline, start_over
+from palate.lpo.stages import LpoConfig, PersonalConfig, check_base, pipeline, start_over
 from palate.lpo.taste import taste_vectors
 from palate.lpo.training import ObjectiveConfig, TuneConfig
 from palate.models.diffusion import load_diffusion
@@ -163,6 +163,28 @@ def test_edits(tmp_path: Path) -> None:
     base.load_lora_weights(tuned.local_folder("lora"))
     (after,) = generate(base, ["make the circle red"], [0], settings, sources=[source])
     assert before.tobytes() != after.tobytes()
+    with Image.open(tuned.local("grid.png")) as grid:  # source, before and after of the one instruction
+        assert grid.size == (220 + 3 * 166, 24 + 166)
+    assert "grid.png" in tuned.local("README.md").read_text()
+
+
+def test_a_base_that_was_replaced_in_its_folder(lists: Artifact, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    made = load_diffusion("shapes").pipeline
+    made.save_pretrained(folder)
+    settings = replace(config(lists, tmp_path / "run", model=str(folder), weights=WeightsConfig(rank=4)), grid=0)
+    tuned = pipeline(settings, World())
+    assert "grid.png" not in tuned.local("README.md").read_text()
+    with torch.no_grad():
+        made.unet.conv_out.weight.mul_(2)
+    made.unet.save_pretrained(folder / "unet")
+    with pytest.raises(artifacts.ArtifactMismatch, match="base_weights"):
+        pipeline(settings, World())
+    with pytest.raises(artifacts.ArtifactMismatch, match="tuned from weights"):
+        check_base(load_diffusion(str(folder)), tuned)
+    artifacts.discard(tuned.url)
+    with pytest.raises(artifacts.ArtifactMismatch, match="weights"):  # of what was encoded
+        pipeline(settings, World())
 
 
 @pytest.mark.parametrize("kind", ["sd", "sd-v", "sdxl", "sd3", "flux"])

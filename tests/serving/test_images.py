@@ -12,14 +12,20 @@ import pytest
 import torch
 from PIL import Image
 
+import toy_lists
+from palate.artifacts import ArtifactMismatch
+from palate.lpo.encoding import EncodeConfig
 from palate.lpo.personal import ADAPTER
 from palate.lpo.sampling import SampleConfig
+from palate.lpo.stages import LpoConfig, PersonalConfig, pipeline
+from palate.lpo.training import ObjectiveConfig, TuneConfig
 from palate.models.diffusion import load_diffusion
 from palate.serving import image_service
 from palate.serving.answering import NotFinite
 from palate.serving.image_service import ImageService, ImageSettings, ModelSource, load_hook
 from palate.serving.images import Drawing, Drawn, ImageModel, ImageRequest, ImageWorker, Progress, Refused, ReviewFailed
 from palate.serving.worker import EngineFailed, Load, Overloaded
+from palate.training.parallel import World
 from tiny_diffusion import save_tiny
 from toy_images import PEOPLE, PROMPT, lora_run, person_run, pipeline_run, settings
 
@@ -326,6 +332,36 @@ def test_a_stranger_gets_the_base_models_image_bit_for_bit(service: ImageService
     mixed = images(service.worker, *(asked(person, 5, user=user) for user in ("zoe", "bob", None)))
     assert abs(mixed[0] - expected).max() <= 1
     assert abs(mixed[1] - theirs).max() <= 1
+
+
+def test_people_whom_no_training_saw(service: ImageService, tmp_path: Path) -> None:
+    """From their examples to an image: what ``jobs/lpo.py --personal examples`` writes, served."""
+    rows = [toy_lists.row(number, 3, split="train", user_id="ann") for number in range(4)]
+    rows += [toy_lists.row(4 + n, 3, split="validation", user_id=user) for n, user in enumerate(("ann", "eve"))]
+    run = LpoConfig(
+        lists=toy_lists.write(tmp_path / "lists", rows).url,
+        out=str(tmp_path / "run"),
+        encode=EncodeConfig(resolution=16, latent_dtype="float32"),
+        learn=ObjectiveConfig(kl_beta=50.0),
+        tune=TuneConfig(steps=3, batch=4, learning_rate=0.3),
+        personal=PersonalConfig(personal="examples"),
+        grid=0,
+    )
+    pipeline(run, World())
+    model = service.add("examples", ModelSource(run=run.out, tenants=("acme",))).model
+    base = images(service.worker, asked(model_of(service, "shapes"), 5))[0]
+    zoe, eve = (images(service.worker, asked(model, 5, user=user))[0] for user in ("zoe", "eve"))
+    assert (zoe == base).all()
+    assert (eve != base).any()
+
+
+def test_a_lora_is_not_drawn_on_another_base(service: ImageService, runs: dict[str, str], tmp_path: Path) -> None:
+    other = load_diffusion("shapes").pipeline
+    other.unet.conv_out.weight.data.mul_(2)
+    other.save_pretrained(tmp_path / "other")
+    for name in ("lora", "person"):
+        with pytest.raises(ArtifactMismatch, match="tuned from weights"):
+            service.add("moved", ModelSource(run=runs[name], base=str(tmp_path / "other"), tenants=("acme",)))
 
 
 def test_people_in_an_editing_pipeline(service: ImageService, runs: dict[str, str]) -> None:

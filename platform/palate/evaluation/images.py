@@ -47,7 +47,7 @@ from palate.lpo.encoding import Picture, read_picture
 from palate.lpo.networks import TRAINED, load_lora
 from palate.lpo.personal import load_branch
 from palate.lpo.sampling import SampleConfig, grid
-from palate.lpo.stages import TUNED
+from palate.lpo.stages import TUNED, check_base
 from palate.lpo.training import Denoiser, Images
 from palate.models.diffusion import LoadedDiffusion, encode_images, encode_text, load_diffusion
 from palate.serving.images import ImageModel, ImageRequest, draw
@@ -147,12 +147,12 @@ class Comparison:
         self.config = config
         self.methods = (Method(BASE), *read_methods(config.run))
         first = self.methods[1].runs[0]
-        self.model = str(first.config["model"])
+        self.model, self.base_weights = str(first.config["model"]), str(first.config["base_weights"])
         for run in (run for method in self.methods for run in method.runs):
-            if run.config["model"] != self.model:
+            if run.config["base_weights"] != first.config["base_weights"]:
                 raise ArtifactMismatch(
-                    f"{run.url} was tuned from {run.config['model']!r}, and {first.url} from {self.model!r}: only runs "
-                    "of one base model are compared"
+                    f"{run.url} was tuned from {run.config['model']!r}, and {first.url} from {self.model!r}, with "
+                    "other weights: only runs of one base model are compared"
                 )
         self.corpus = artifacts.open_artifact(config.corpus, RANKED_LISTS) if config.corpus else None
         self.prompts = self._prompts()
@@ -184,7 +184,7 @@ class Comparison:
         for start in progress.track(range(0, len(requests), PART), f"draw {name}"):
             some = requests[start : start + PART]
             identity = {
-                "model": self.model,
+                "model": self.base_weights,
                 "sample": configs.identity(self.config.sample),
                 "size": self.config.size,
                 "seed": self.config.seed,
@@ -210,7 +210,7 @@ class Comparison:
         if not rows or self.corpus is None:
             return None
         identity = {
-            "model": self.model,
+            "model": self.base_weights,
             "size": self.config.size,
             "seed": self.config.seed,
             "draws": self.config.drift_draws,
@@ -343,13 +343,14 @@ def load_model(run: Artifact | None, base: str, device: str) -> ImageModel:
     """The base model, or what a run made of it.
 
     Raises:
-        ArtifactMismatch: the run holds nothing that draws.
+        ArtifactMismatch: the run holds nothing that draws, or was tuned from other weights than the base has now.
     """
     if run is None:
         return ImageModel(load_diffusion(base, device=device))
     if run.paths("pipeline/"):
         return ImageModel(load_diffusion(str(run.local_folder("pipeline")), device=device))
     loaded = load_diffusion(base, device=device)
+    check_base(loaded, run)
     if run.paths("lora/"):
         load_lora(loaded, str(run.local_folder("lora")), TRAINED)
         loaded.denoiser.eval()

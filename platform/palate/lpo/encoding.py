@@ -88,21 +88,36 @@ def read_picture(content: bytes, resolution: int) -> Picture:
 
 
 def crop_picture(image: Image.Image, resolution: int) -> Picture:
-    """Resize the shorter side of an RGB image to ``resolution`` (bilinear) and crop at the centre."""
+    """An RGB image as the encoder takes it, ``square``."""
+    cropped, crop = square(image, resolution)
+    pixels = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 127.5 - 1
+    return Picture(pixels, (image.height, image.width), crop)
+
+
+def square(image: Image.Image, resolution: int) -> tuple[Image.Image, tuple[int, int]]:
+    """Resize the shorter side to ``resolution`` (bilinear) and crop at the centre; and the crop's top and left."""
     width, height = image.size
     factor = resolution / min(width, height)
     # Rounding must not make a side shorter than the crop.
     size = max(resolution, round(width * factor)), max(resolution, round(height * factor))
     left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
-    resized = image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + resolution, top + resolution))
-    pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 127.5 - 1
-    return Picture(pixels, (height, width), (top, left))
+    box = (left, top, left + resolution, top + resolution)
+    return image.resize(size, Image.Resampling.BILINEAR).crop(box), (top, left)
 
 
 def encode(
-    lists: Artifact, model: str, out: str, config: EncodeConfig, runner: Runner = run_local, *, fresh: bool = False
+    lists: Artifact,
+    model: str | LoadedDiffusion,
+    out: str,
+    config: EncodeConfig,
+    runner: Runner = run_local,
+    *,
+    fresh: bool = False,
 ) -> "Encoded":
     """The latents and text embeddings of ``lists`` at ``out``, made by ``model`` unless they are there.
+
+    Args:
+        model: by name, so that each process of the runner loads it; or as it is at hand, for a runner in this process.
 
     Raises:
         CorpusError: an image cannot be decoded (naming it).
@@ -112,7 +127,8 @@ def encode(
     if fresh:
         for folder in artifacts.folders(out):
             artifacts.discard(folder)
-    identity = {"model": model, **configs.identity(config)}
+    loaded = _loaded(model, config.encode_device) if isinstance(model, str) else model
+    identity = {"model": loaded.name, "weights": loaded.weights, **configs.identity(config)}
     index = artifacts.join(out, "index")
     if artifacts.finished(index, kind=ENCODED, config=identity, inputs={"lists": lists}) is None:
         encoding = _Encoding(lists, model, out, config, identity)
@@ -128,13 +144,14 @@ def encode(
             writer.summary.update(summary)
 
         artifacts.ensure(index, produce, kind=ENCODED, config=identity, inputs={"lists": lists})
+    _loaded.cache_clear()  # the training needs the memory
     return Encoded(out)
 
 
 @dataclass(frozen=True)
 class _Encoding:
     lists: Artifact
-    model: str
+    model: str | LoadedDiffusion
     out: str
     config: EncodeConfig
     identity: Mapping[str, Any]
@@ -143,7 +160,7 @@ class _Encoding:
         """The shapes of what is stored, and its extent, which is printed and must fit on the disk."""
         config = self.config
         images = sum(pq.read_metadata(self.lists.local(path)).num_rows for path in shards)
-        shapes = _shapes(_loaded(self.model, config.encode_device), config)
+        shapes = _shapes(self.encoders(), config)
         sizes = {name: np.dtype(config.latent_dtype).itemsize * int(np.prod(shape)) for name, shape in shapes.items()}
         needed = 2 * images * sizes.pop("latents") + len(captions) * sum(sizes.values())
         print(f"encoding {images} images and {len(captions)} captions: {needed / 2**30:.2f} GiB", flush=True)
@@ -159,10 +176,13 @@ class _Encoding:
             )
         return shapes, {"images": images, "captions": len(captions), "bytes": needed}
 
+    def encoders(self) -> LoadedDiffusion:
+        return _loaded(self.model, self.config.encode_device) if isinstance(self.model, str) else self.model
+
     def images(self, task: tuple[int, str]) -> dict[str, Any]:
         """Encode one file of images into a shard."""
         number, path = task
-        loaded, config = _loaded(self.model, self.config.encode_device), self.config
+        loaded, config = self.encoders(), self.config
 
         def rows() -> Iterator[list[dict[str, Any]]]:
             with pq.ParquetFile(self.lists.local(path)) as file:
@@ -186,7 +206,7 @@ class _Encoding:
     def captions(self, task: tuple[int, Sequence[str]]) -> dict[str, Any]:
         """Encode some captions into a shard."""
         number, captions = task
-        loaded, config = _loaded(self.model, self.config.encode_device), self.config
+        loaded, config = self.encoders(), self.config
 
         def rows() -> Iterator[list[dict[str, Any]]]:
             for start in range(0, len(captions), config.encode_batch):

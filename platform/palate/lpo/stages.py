@@ -18,16 +18,18 @@ from typing import Any, Literal
 
 import torch
 from peft import get_peft_model_state_dict
+from PIL import Image
 from torch import nn
 
 from palate import artifacts, progress
-from palate.artifacts import Artifact, Writer, join
+from palate.artifacts import Artifact, ArtifactMismatch, Writer, join
 from palate.config import identity, scale, to_dict
+from palate.corpora.pictures import decode_image, read_images
 from palate.corpora.preparation import Runner, run_local
 from palate.corpora.schema import RANKED_LISTS
 from palate.lpo import personal, sampling
 from palate.lpo.denoising import noise_schedule
-from palate.lpo.encoding import EncodeConfig, Encoded, encode
+from palate.lpo.encoding import EncodeConfig, Encoded, encode, square
 from palate.lpo.networks import TRAINED, WeightsConfig, tuned
 from palate.lpo.reference import precomputed
 from palate.lpo.samples import DrawConfig, Drawing, Users, image_source, list_source, read_lists
@@ -99,11 +101,19 @@ def start_over(config: LpoConfig) -> None:
         Store(join(config.out, "training"), {}, 1, World()).discard()
 
 
-def encode_lists(config: LpoConfig, device: str, runner: Runner = run_local) -> Encoded:
-    """The first stage, unless it is finished; ``device``: where the encoders run if the settings do not say."""
+def encode_lists(
+    config: LpoConfig, device: str, runner: Runner = run_local, loaded: LoadedDiffusion | None = None
+) -> Encoded:
+    """The first stage, unless it is finished.
+
+    Args:
+        device: where the encoders run if the settings do not say.
+        loaded: the model, for a runner in this process; used where it is on that device.
+    """
     lists = artifacts.open_artifact(config.lists, RANKED_LISTS)
     settings = replace(config.encode, encode_device=config.encode.encode_device or device)
-    return encode(lists, config.model, join(config.out, "encoded"), settings, runner)
+    at_hand = loaded if loaded is not None and str(loaded.device) == settings.encode_device else None
+    return encode(lists, at_hand or config.model, join(config.out, "encoded"), settings, runner)
 
 
 def people_of_examples(config: LpoConfig, lists: Artifact, device: str) -> Artifact:
@@ -131,18 +141,18 @@ def pipeline(config: LpoConfig, world: World) -> Artifact:
         raise ValueError("--train-on images has nothing that is ranked: it goes with --objective denoising")
     lists = artifacts.open_artifact(config.lists, RANKED_LISTS)
     out = join(config.out, "tuned")
-    described = identity(config)
+    loaded = load_diffusion(config.model, device=str(world.device))
+    described = {**identity(config), "base_weights": loaded.weights}
     if found := artifacts.finished(out, kind=TUNED, config=described, inputs={"lists": lists}):
         return found
     if world.main:
         with progress.stage("encode"):
-            encode_lists(config, str(world.device))
+            encode_lists(config, str(world.device), loaded=loaded)
         if config.personal.personal == "examples":
             with progress.stage("people"):
                 people_of_examples(config, lists, str(world.device))
     world.barrier()
     encoded = Encoded(join(config.out, "encoded"))
-    loaded = load_diffusion(config.model, device=str(world.device))
     run = _Run(config, lists, encoded, loaded, world)
     with progress.stage("tune"):
         summary = run.tune()
@@ -152,6 +162,19 @@ def pipeline(config: LpoConfig, world: World) -> Artifact:
             artifacts.ensure(out, produce, kind=TUNED, config=described, inputs={"lists": lists})
     world.barrier()
     return artifacts.open_artifact(out, TUNED)
+
+
+def check_base(loaded: LoadedDiffusion, run: Artifact) -> None:
+    """Refuse a base model other than the one that a run tuned.
+
+    Raises:
+        ArtifactMismatch: naming both.
+    """
+    if loaded.weights != run.config["base_weights"]:
+        raise ArtifactMismatch(
+            f"the base model {loaded.name} has the weights {loaded.weights}, but {run.url} was tuned from weights "
+            f"{run.config['base_weights']}: give the base that it was tuned from, or tune this one"
+        )
 
 
 @dataclass
@@ -210,10 +233,12 @@ class _Run:
             denoiser = Denoiser(network, self.loaded.family, self.schedule, reference)
         network.train()
         described = {name: value for name, value in identity(config).items() if name not in ("sample", "grid")}
+        described["base_weights"] = self.loaded.weights
         self.denoiser = denoiser
         source = (image_source if config.train_on == "images" else list_source)(self.lists, "train", self.drawing())
         if config.draw.fixed_draws and config.learn.objective not in ("sft", "denoising"):
-            what = {name: described[name] for name in ("model", "weights", "draw", "personal", "seed", "encode")}
+            kept = ("model", "base_weights", "weights", "draw", "personal", "seed", "encode")
+            what = {name: described[name] for name in kept}
             what["precision"] = config.tune.precision
             source = precomputed(denoiser, source, config.tune, join(config.out, "reference"), self.world, what)
         summary = tune(
@@ -255,17 +280,25 @@ class _Run:
             pipeline.save_lora_weights(writer.folder / "lora", **keywords)
         else:
             pipeline.save_pretrained(writer.folder / "pipeline")
-        if self.config.grid and self.loaded.family != "ip2p":
+        if self.config.grid:
             self._grid().save(writer.folder / "grid.png")
         writer.write_json("report.json", report)
         (writer.folder / "README.md").write_text(model_card(self.config, self.lists, report))
         writer.summary.update(report)
 
     def _grid(self) -> Any:
-        people = self.people
-        splits = [s for s in ("test", "validation", "train") if read_lists(self.lists, s).num_rows]
-        captions = sorted(set(read_lists(self.lists, splits[0])["caption"].to_pylist()))[: self.config.grid]
-        side = self.encoded.resolution
+        """The same seeds before and after, or of some people: captions of held-out lists, or edits of their sources."""
+        people, side = self.people, self.encoded.resolution
+        tables = [read_lists(self.lists, split) for split in ("test", "validation", "train")]
+        rows = next((table for table in tables if table.num_rows), tables[0]).to_pylist()
+        editing = self.loaded.family == "ip2p"
+        found = {row["instruction" if editing else "caption"]: row for row in rows}  # one list of each text
+        captions = sorted(found)[: self.config.grid]
+        given: dict[str, list[Image.Image]] = {}
+        if editing:
+            contents = read_images(self.lists, {found[caption]["source_image"] for caption in captions})
+            sources = [decode_image(contents[found[caption]["source_image"]]) for caption in captions]
+            given = {"source": [square(source, side)[0] for source in sources]}
         make = partial(
             sampling.generate,
             self.loaded.pipeline,
@@ -273,10 +306,11 @@ class _Run:
             list(range(len(captions))),
             self.config.sample,
             size=(side, side),
+            sources=given.get("source"),
         )
         network: Any = self.loaded.denoiser
         if people is not None:
-            columns = {}
+            columns = dict(given)
             for place, user in [(0, "nobody"), *list(enumerate(people.ids))[:3]]:
                 scale = torch.full((1,), 0.0 if user == "nobody" else 1.0)
                 personal.set_people(network, scale.to(self.world.device))
@@ -289,7 +323,7 @@ class _Run:
             setattr(pipeline, name, reference)
             before = make(label="images before")
         setattr(pipeline, name, network)
-        return sampling.grid(captions, {"before": before, "after": make(label="images after")})
+        return sampling.grid(captions, given | {"before": before, "after": make(label="images after")})
 
 
 def model_card(config: LpoConfig, lists: Artifact, report: Mapping[str, float]) -> str:
@@ -305,6 +339,7 @@ def model_card(config: LpoConfig, lists: Artifact, report: Mapping[str, float]) 
             "# a person's row of users.safetensors, twice (guidance is of the text alone): ip_adapter_image_embeds"
         ),
     }[kind]
+    picture = "![The same seeds side by side](grid.png)\n\n" if config.grid else ""
     rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in sorted(report.items()))
     learned = "".join(f"| {name} | {value} |\n" for name, value in to_dict(config.learn).items())
     return (
@@ -313,7 +348,7 @@ def model_card(config: LpoConfig, lists: Artifact, report: Mapping[str, float]) 
         f"Tuned by Palate: {config.learn.objective} over {config.tune.steps} steps of {config.tune.batch} lists "
         f"(Diffusion-LPO, arXiv 2510.01540). The lists have the digest `{lists.digest[:16]}`. Whose taste this is, "
         "those lists say; weights can keep traces of what they were tuned on.\n\n"
-        f"```python\n{use}\n```\n\n![The same seeds before and after](grid.png)\n\n"
+        f"```python\n{use}\n```\n\n{picture}"
         f"| setting | value |\n|---|---|\n{learned}\n"
         f"| on held-out lists | value |\n|---|--:|\n{rows}"
     )

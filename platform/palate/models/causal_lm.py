@@ -31,12 +31,12 @@ from transformers import (
 )
 
 from palate.artifacts import ArtifactMismatch, cache_folder
+from palate.models.weights import sampled_hash
 
 BUILT_IN = ("smollm2", "tiny")
 _NAMES = "a hub id such as HuggingFaceTB/SmolLM2-360M-Instruct, a local folder, a .gguf file, or one of " + ", ".join(
     BUILT_IN
 )
-_SAMPLES_PER_WEIGHT = 8
 
 
 @dataclass(frozen=True)
@@ -122,21 +122,14 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """What tells base models apart: ``vocab_size``, ``hidden_size``, ``layers`` and a hash of a few of all weights.
 
-    The sampled weights are rounded to bfloat16 first, so that a model loaded in float32 and in bfloat16 has the same
-    fingerprint. Adapters change the parameters: take it of the bare model.
+    Adapters change the parameters: take it of the bare model.
     """
-    samples = []
-    for _, weight in sorted(model.named_parameters()):
-        flat = weight.detach().reshape(-1)
-        where = torch.linspace(0, flat.numel() - 1, _SAMPLES_PER_WEIGHT, dtype=torch.float64).long()
-        samples.append(flat[where.to(flat.device)].to(torch.bfloat16))
-    content = torch.cat(samples).cpu().view(torch.int16).numpy().tobytes()
     config = model.config.get_text_config()
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "layers": config.num_hidden_layers,
-        "weights": hashlib.sha256(content).hexdigest()[:16],
+        "weights": sampled_hash(model.named_parameters()),
     }
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palate.models.small_diffusion import build_shapes_pipeline
+from palate.models.weights import sampled_hash
 
 Family = Literal["sd", "sdxl", "sd3", "flux", "ip2p"]
 Prediction = Literal["epsilon", "v_prediction", "flow"]
@@ -50,12 +51,14 @@ class LoadedDiffusion:
     """A diffusers pipeline in eval mode, and what its training must know.
 
     The pipeline holds the parts: what is done to ``denoiser`` (adapters, attention processors), its sampling sees.
+    ``weights`` tells the model from another at the same place (``models/weights.py``).
     """
 
     pipeline: DiffusionPipeline
     name: str
     family: Family
     prediction: Prediction
+    weights: str
 
     @property
     def pipeline_class(self) -> str:
@@ -132,17 +135,20 @@ def load_diffusion(name: str, *, device: str = "cpu", dtype: torch.dtype = torch
 
 
 def wrap(pipeline: DiffusionPipeline, name: str) -> LoadedDiffusion:
-    """A pipeline at hand, as a ``LoadedDiffusion`` in eval mode.
+    """A pipeline at hand, as a ``LoadedDiffusion`` in eval mode. Call it before adapters are put in.
 
     Raises:
         ValueError: it is of no supported family, or trained to predict something that is not supported.
     """
     family, _ = _family(name, type(pipeline).__name__)
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            part.eval()
+    parts = {part: model for part, model in pipeline.components.items() if isinstance(model, nn.Module)}
+    for model in parts.values():
+        model.eval()
     pipeline.set_progress_bar_config(disable=True)
-    loaded = LoadedDiffusion(pipeline, name, family, _prediction(name, pipeline.scheduler))
+    weights = sampled_hash(
+        (f"{part}.{n}", value) for part, model in parts.items() for n, value in model.named_parameters()
+    )
+    loaded = LoadedDiffusion(pipeline, name, family, _prediction(name, pipeline.scheduler), weights)
     for part, tokenizer in loaded._parts("tokenizer"):
         if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
             # transformers makes an empty tokenizer where the files of one are missing.

@@ -25,7 +25,7 @@ from palate.artifacts import Artifact, ArtifactMismatch
 from palate.lpo.networks import load_lora
 from palate.lpo.personal import load_branch
 from palate.lpo.sampling import SampleConfig
-from palate.lpo.stages import TUNED
+from palate.lpo.stages import TUNED, check_base
 from palate.models.diffusion import LoadedDiffusion, load_diffusion
 from palate.serving.images import ImageModel, ImageWorker, Review
 from palate.users.checks import require_id
@@ -252,12 +252,14 @@ class ImageService:
         base = source.base or run.config["model"]
         if run.paths("lora/"):
             loaded, adapter = self._base(base), f"run-{next(self._adapters)}"
+            check_base(loaded, run)
             self.worker.run(partial(_attach, loaded, run, adapter)).result()
             return ImageModel(loaded, adapter)
         if run.paths("pipeline/"):
             return ImageModel(self._fresh(str(run.local_folder("pipeline"))))
         if run.paths("person/"):
             loaded = self._fresh(base)
+            check_base(loaded, run)
             people = load_branch(loaded.denoiser, run.local_folder("person")).to(loaded.device)
             loaded.denoiser.eval()
             return ImageModel(loaded, people=people)
