@@ -4,17 +4,20 @@
 
 CORPUS is ``jobs/prepare.py shapes`` with several groups and held-out people. For each seed two runs learn from the same
 training lists: ``pooled`` tunes all weights for everybody, ``personal`` the branch that reads a vector, computed from
-each person's example lists (validation). Then images of test captions are drawn at the same noise and judged by each
-person's true utility:
+each person's example lists. Then images of test captions are drawn at the same noise and judged by each person's true
+utility:
 
     pooled        the pooled model
     own           the personal model with the person's vector
     another's     the same with the vector of somebody of another group: what is not personal stays in both
+
+Drift: denoising error on real test scenes, people's vectors in turn, relative to the base's, less 1.
 """
 
 import json
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,21 +25,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from palate import artifacts, progress
 from palate import config as configs
+from palate.artifacts import Artifact
 from palate.config import scale
 from palate.corpora.schema import RANKED_LISTS
 from palate.corpora.worlds import shapes
 from palate.evaluation.statistics import estimate
-from palate.lpo.encoding import EncodeConfig
+from palate.lpo.denoising import noise_schedule
+from palate.lpo.encoding import EncodeConfig, Encoded, encode
 from palate.lpo.networks import WeightsConfig
 from palate.lpo.personal import load_branch, set_people
-from palate.lpo.samples import read_lists
+from palate.lpo.samples import DrawConfig, image_source, read_lists
 from palate.lpo.sampling import SampleConfig, generate
-from palate.lpo.stages import LpoConfig, PersonalConfig, pipeline
-from palate.lpo.training import ObjectiveConfig, TuneConfig
-from palate.models.diffusion import load_diffusion
+from palate.lpo.stages import LpoConfig, PersonalConfig, drawing_of, pipeline
+from palate.lpo.training import Denoiser, ObjectiveConfig, TuneConfig, images_of
+from palate.models.diffusion import LoadedDiffusion, load_diffusion
 from palate.models.shape_classifier import ShapeClassifier, sees, train_classifier
 from palate.training.parallel import World
 
@@ -112,7 +118,7 @@ def run(task: tuple[str, int], config: PersonalBenchmark) -> dict[str, Any]:
     if kind == "personal" and tuned is not None:
         vectors = load_branch(loaded.denoiser, tuned.local_folder("person"))
         set_people(loaded.denoiser, torch.ones(1))
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"errors": {}}
     for place, person in enumerate(progress.track(people, f"{kind} {seed}")):
         prompts = [captions[(place + number) % len(captions)] for number in range(config.images)]
         seeds = [1_000_000 * (seed + 1) + 1000 * place + number for number in range(config.images)]
@@ -129,15 +135,38 @@ def run(task: tuple[str, int], config: PersonalBenchmark) -> dict[str, Any]:
                 "utilities": liked.tolist(),
                 "seen": float(seen.float().mean()),
             }
+    if vectors is None:
+        found["errors"][kind] = error(config, loaded, corpus, None)
+    else:
+        users = [person.user_id for person in people]
+        for name, order in (("own", users), ("another's", [others[user] for user in users])):
+            rows = vectors.embeddings_UJ[[vectors.places[user] for user in order]].detach()
+            found["errors"][name] = error(config, loaded, corpus, rows)
     return found
+
+
+@torch.no_grad()
+def error(config: PersonalBenchmark, loaded: LoadedDiffusion, corpus: Artifact, rows_UJ: Tensor | None) -> float:
+    """Denoising error on real test scenes, of these people in turn."""
+    scenes = image_source(corpus, "test", drawing_of(loaded, Encoded(f"{config.out}/encoded"), DrawConfig()))
+    images = images_of([scenes.load(place % len(scenes), 77 + place) for place in range(480)], torch.device("cpu"))
+    if rows_UJ is not None:
+        turns = rows_UJ[torch.arange(len(images)) % len(rows_UJ)]
+        images = replace(images, given=replace(images.given, user_NJ=turns))
+        set_people(loaded.denoiser, torch.ones(len(images)))
+    network = loaded.denoiser
+    denoiser = Denoiser(network, loaded.family, noise_schedule(loaded.scheduler), lambda: nullcontext(network))
+    return float(denoiser.errors(network, images)[0].mean())
 
 
 def main() -> None:
     config = configs.parse(PersonalBenchmark, __doc__)
+    lists = artifacts.open_artifact(config.corpus, RANKED_LISTS)
+    encode(lists, config.base, f"{config.out}/encoded", settings(config, 0, "base").encode)
     tasks = [(kind, seed) for seed in config.seeds for kind in ("base", "pooled", "personal")]
     with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
         done = dict(zip(tasks, pool.map(partial(run, config=config), tasks), strict=True))
-    people = shapes.read_annotators(artifacts.open_artifact(config.corpus, RANKED_LISTS))
+    people = shapes.read_annotators(lists)
     rows = []
     pairs = (("pooled", "base"), ("own", "base"), ("own", "pooled"), ("own", "another's"))
     for held_out in (False, True):
@@ -167,8 +196,11 @@ def main() -> None:
     for row in rows:
         win_rate = f"{row['win']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
         print(f"| {row['people']} ({row['n']}) | {row['ours']} | {row['theirs']} | {win_rate} | {row['comparisons']} |")
+    errors = {name: [r["errors"][name] for r in done.values() if name in r["errors"]] for name in seen}
+    drift = {name: float(np.mean(np.divide(found, errors["base"]) - 1)) for name, found in errors.items()}
     print("\nseen:", ", ".join(f"{name} {value:.3f}" for name, value in seen.items()))
-    content = {"config": configs.to_dict(config), "rows": rows, "seen": seen}
+    print("drift:", ", ".join(f"{name} {value:+.3f}" for name, value in drift.items()))
+    content = {"config": configs.to_dict(config), "rows": rows, "seen": seen, "drift": drift}
     (Path(config.out) / "table.json").write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -22,6 +22,28 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
+class Checked:
+    batch: int = 4
+    dropout_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        configs.require_at_least(self, 1, "batch")
+        configs.require_shares(self, "dropout_share")
+
+
+def test_what_a_config_refuses_ends_the_program_with_its_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert configs.parse(Checked, None, ["--batch", "1"]) == Checked(batch=1)
+    for flags, message in (
+        (["--batch", "0"], "--batch is at least 1, got 0"),
+        (["--dropout-share", "2"], "--dropout-share is a share from 0 to 1, got 2.0"),
+        (["--dropout-share", "nan"], "got nan"),
+    ):
+        with pytest.raises(SystemExit):
+            configs.parse(Checked, None, flags)
+        assert message in capsys.readouterr().err
+
+
+@dataclasses.dataclass(frozen=True)
 class Optimizer:
     """How it learns."""
 

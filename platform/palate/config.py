@@ -6,7 +6,7 @@ logging). Only identity fields decide whether a finished artifact can be used ag
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pydantic
@@ -21,8 +21,30 @@ def scale(default: Any = dataclasses.MISSING, **keywords: Any) -> Any:
 
 
 def parse(config_type: Any, description: str | None = None, arguments: Sequence[str] | None = None) -> Any:
-    """The config that the command line states; unknown or ill-typed flags end the program with help."""
+    """The config that the command line states; unknown or ill-typed flags end the program with help, and so do values
+    that the config itself refuses (``require``)."""
     return tyro.cli(config_type, description=description, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def require(config: Any, valid: Callable[[Any], bool], expected: str, *names: str) -> None:
+    """Refuse a config one of whose fields ``names`` is not ``valid``; for ``__post_init__``.
+
+    Raises:
+        ValueError: naming the flag, what was ``expected`` and the value.
+    """
+    for name in names:
+        if not valid(value := getattr(config, name)):
+            raise ValueError(f"--{name.replace('_', '-')} is {expected}, got {value}")
+
+
+def require_at_least(config: Any, least: float, *names: str) -> None:
+    """``require`` numbers of at least ``least``."""
+    require(config, lambda value: value >= least, f"at least {least:g}", *names)
+
+
+def require_shares(config: Any, *names: str) -> None:
+    """``require`` numbers from 0 to 1."""
+    require(config, lambda value: 0 <= value <= 1, "a share from 0 to 1", *names)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -228,7 +228,7 @@ def test_splits_share_neither_captions_nor_images_nor_held_out_people(corpus):
     for one in rows(corpus, "lists/"):
         found = {one["caption"], *(item["image_uid"] for item in one["items"])}
         splits[one["split"]] |= found | ({one["source_image"]} - {None})
-    assert set(splits) == {"train", "validation", "test"}
+    assert set(splits) == {"train", "examples", "test"}
     for one, other in itertools.combinations(splits.values(), 2):
         assert not one & other
     held_out = {one.user_id for one in shapes.read_annotators(corpus) if one.held_out}
@@ -236,7 +236,7 @@ def test_splits_share_neither_captions_nor_images_nor_held_out_people(corpus):
     trained = Counter(one["user_id"] for one in rows(corpus, "lists/") if one["split"] == "train")
     assert not held_out & set(trained)
     assert max(trained.values()) - min(trained.values()) <= 1
-    for split in ("validation", "test"):
+    for split in ("examples", "test"):
         assert held_out <= {one["user_id"] for one in rows(corpus, "lists/") if one["split"] == split}
 
 

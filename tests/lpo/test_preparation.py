@@ -89,6 +89,37 @@ def test_a_users_lists_hold_that_users_votes_only(tmp_path):
     assert report["quarantined_by_reason"]["no user id"] == 1
 
 
+def test_people_who_are_held_out_and_examples_of_everybodys_taste(tmp_path):
+    rows = [row | {"user_id": row["ranking_id"] % 40} for row in comparisons(2000, 60)]
+    options = {"group_by": "caption-user", "test": 0.2, "validation": 0.1}
+    plain = rows_of(prepare(config_of(tmp_path / "plain", rows, **options)))
+    made = prepare(config_of(tmp_path / "made", rows, examples=0.3, held_out_people=0.25, **options))
+    lists, before = rows_of(made), {one["list_id"]: one["split"] for one in plain}
+    # Nothing but training lists becomes an example, and the lists are the same.
+    assert {(before[one["list_id"]], one["split"]) for one in lists} == {
+        *((split, split) for split in ("train", "validation", "test")),
+        ("train", "examples"),
+    }
+    by_user = {user: Counter(one["split"] for one in lists if one["user_id"] == user) for user in map(str, range(40))}
+    held_out = {user for user, splits in by_user.items() if not splits["train"]}
+    assert 4 <= len(held_out) <= 17
+    rest = sum((splits for user, splits in by_user.items() if user not in held_out), Counter())
+    assert 0.2 < rest["examples"] / (rest["examples"] + rest["train"]) < 0.4
+    assert made.read_json("report.json")["lists_by_split"]["examples"] == sum(s["examples"] for s in by_user.values())
+    more = rows_of(prepare(config_of(tmp_path / "more", rows, held_out_people=0.5, **options)))
+    assert held_out < {str(n) for n in range(40)} - {one["user_id"] for one in more if one["split"] == "train"}
+    with pytest.raises(CorpusError, match="--group-by caption-user"):
+        prepare(config_of(tmp_path / "pooled", rows, examples=0.3))
+
+
+def test_lists_without_any_image_are_said_to_be_of_no_use(tmp_path, caplog):
+    prepare(config_of(tmp_path, comparisons(60)))
+    assert "no image was found, so nothing can be tuned" in caplog.text
+    caplog.clear()
+    prepare(config_of(tmp_path, comparisons(60), out="skipped", images="skip"))
+    assert not caplog.text
+
+
 def test_no_caption_and_no_image_is_in_two_splits(tmp_path):
     """Against networkx; some captions share images, so more than captions must hold together."""
     rows = comparisons(1500, 200)

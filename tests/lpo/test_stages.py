@@ -1,10 +1,12 @@
 """The whole pipeline on toy lists; what it writes, plain diffusers loads."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
@@ -14,9 +16,11 @@ import tiny_diffusion
 import toy_lists
 from palate import artifacts
 from palate.artifacts import Artifact
+from palate.config import from_dict
 from palate.lpo.encoding import EncodeConfig
 from palate.lpo.networks import WeightsConfig
-from palate.lpo.personal import load_branch
+from palate.lpo.newcomers import NewcomersConfig, add_people
+from palate.lpo.personal import load_branch, load_people, set_people
 from palate.lpo.samples import DrawConfig
 from palate.lpo.sampling import SampleConfig, generate
 from palate.lpo.stages import LpoConfig, PersonalConfig, check_base, pipeline, start_over
@@ -133,20 +137,122 @@ def test_people_that_plain_diffusers_serves(lists: Artifact, base: Path, tmp_pat
 
 def test_people_with_examples_have_a_vector_whether_trained_on_or_not(base: Path, tmp_path: Path) -> None:
     rows = [toy_lists.row(number, 3, split="train", user_id=f"user-{number % 3}") for number in range(9)]
-    rows += [toy_lists.row(9 + n, 3, split="validation", user_id=f"user-{n % 4}") for n in range(4)]
+    rows += [toy_lists.row(9 + n, 3, split="examples", user_id=f"user-{n % 4}") for n in range(4)]
     lists = toy_lists.write(tmp_path / "lists", rows)
     chosen = PersonalConfig(personal="examples")
     tuned = pipeline(config(lists, tmp_path / "run", model=str(base), personal=chosen), World())
     network = StableDiffusionPipeline.from_pretrained(base, safety_checker=None).unet
     people = load_branch(network, tuned.local_folder("person"))
     assert people.ids == ("user-0", "user-1", "user-2", "user-3")
-    _, vectors = taste_vectors(lists, "validation", pixel_statistics)
+    vectors = taste_vectors(lists, "examples", pixel_statistics).vectors_UD
     torch.testing.assert_close(people.embeddings_UJ, torch.from_numpy(vectors).float(), check_dtype=False)
     vanilla = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     plain = image(vanilla)
     vanilla.load_ip_adapter(str(tuned.local_folder("person")), "", "ip_adapter.safetensors", image_encoder_folder=None)
     stranger = people.embeddings_UJ[3].detach().expand(2, 1, -1)
     assert abs(image(vanilla, ip_adapter_image_embeds=[stranger]) - plain).max() > 1e-5
+
+
+def test_people_who_come_after_the_training(base: Path, tmp_path: Path) -> None:
+    rows = [toy_lists.row(number, 3, split="train", user_id="ann") for number in range(4)]
+    rows += [toy_lists.row(4 + n, 3, split="examples", user_id=user) for n, user in enumerate(("ann", "bob"))]
+    lists = toy_lists.write(tmp_path / "lists", rows)
+    chosen = PersonalConfig(personal="examples")
+    run = config(lists, tmp_path / "run", model=str(base), personal=chosen)
+    tuned = pipeline(run, World())
+    later = [toy_lists.row(5, 3, split="train", user_id="eve"), toy_lists.row(6, 3, split="test", user_id="ann")]
+    new = NewcomersConfig(run=run.out, lists=toy_lists.write(tmp_path / "later", later).url, out=str(tmp_path / "with"))
+    made = add_people(new)
+    assert (made.summary["people"], made.summary["added"]) == (3, 1)
+    network = StableDiffusionPipeline.from_pretrained(base, safety_checker=None).unet
+    before = load_people(tuned.local_folder("person"))
+    after = load_branch(network, made.local_folder("person"))
+    assert after.ids == ("ann", "bob", "eve")
+    assert torch.equal(after.embeddings_UJ[1], before.embeddings_UJ[1])
+    assert not torch.equal(after.embeddings_UJ[0], before.embeddings_UJ[0])  # of what she ranked now
+    # In the measure of the training: what differs is said in its spreads and divided by its size.
+    trained = taste_vectors(lists, "examples", pixel_statistics)
+    alone = taste_vectors(artifacts.open_artifact(new.lists), None, pixel_statistics)
+    told = np.isfinite(trained.spreads_D) & np.isfinite(alone.spreads_D)
+    raw_D = alone.vectors_UD[1] * alone.size * np.where(told, alone.spreads_D, 0)
+    expected_D = raw_D / trained.spreads_D / trained.size
+    assert after.embeddings_UJ[2].detach().numpy()[told] == pytest.approx(expected_D[told], rel=1e-5)
+    assert abs(expected_D[told]).max() > 0.1
+    again = add_people(replace(new, run=new.out, out=str(tmp_path / "twice")))
+    assert again.summary["added"] == 0
+    learned = replace(run, out=str(tmp_path / "learned"), personal=PersonalConfig(personal="learned"))
+    pipeline(learned, World())
+    with pytest.raises(artifacts.ArtifactMismatch, match="--personal examples"):
+        add_people(replace(new, run=learned.out, out=str(tmp_path / "refused")))
+
+
+@pytest.mark.parametrize("caching", ["none", "two-pass", "one-pass"])
+def test_lists_that_are_nobodys_change_nothing(lists: Artifact, base: Path, tmp_path: Path, caching: Any) -> None:
+    """A micro-batch in which everybody is dropped has no gradient, and no more."""
+    settings = config(
+        lists,
+        tmp_path,
+        model=str(base),
+        personal=PersonalConfig(personal="learned", width=8),
+        draw=DrawConfig(user_dropout=0.7),
+    )
+    tuned = pipeline(replace(settings, tune=replace(settings.tune, micro_batch=1, caching=caching)), World())
+    rows = [json.loads(line) for line in (tmp_path / "training" / "training.jsonl").read_text().splitlines()]
+    assert [row["groups"]["lists"]["total"] for row in rows] == [4.0] * 3
+    assert tuned.paths("person/")
+
+
+def test_another_grid_needs_no_training(lists: Artifact, base: Path, tmp_path: Path) -> None:
+    settings = config(lists, tmp_path, model=str(base), weights=WeightsConfig(rank=4))
+    first = pipeline(settings, World())
+    before = first.local("grid.png").read_bytes()
+    weights = next(Path(first.local_folder("lora")).glob("*.safetensors")).read_bytes()
+    second = pipeline(replace(settings, sample=SampleConfig(sampler_steps=3), grid=1), World())
+    assert second.local("grid.png").read_bytes() != before
+    assert next(Path(second.local_folder("lora")).glob("*.safetensors")).read_bytes() == weights
+    assert len((tmp_path / "training" / "training.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encode": {"resolution": 17}}, "--resolution is a multiple of 8, got 17"),
+        ({"learn": {"kl_beta": -1.0}}, "--kl-beta is larger than 0"),
+        ({"tune": {"batch": 0}}, "--batch is at least 1"),
+        ({"draw": {"user_dropout": 2.0}}, "--user-dropout is a share"),
+        ({"sample": {"sampler_steps": 0}}, "--sampler-steps is at least 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_where_it_is_said(changes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_dict(LpoConfig, {"lists": "l", "out": "o", **changes})
+
+
+def test_people_and_other_weights_do_not_go_together(lists: Artifact, tmp_path: Path) -> None:
+    weights = WeightsConfig(weights="full")
+    settings = config(lists, tmp_path, weights=weights, personal=PersonalConfig(personal="learned"))
+    with pytest.raises(ValueError, match=r"--personal learned trains the branch .* leave out --weights"):
+        pipeline(settings, World())
+
+
+def test_people_who_edit(tmp_path: Path) -> None:
+    rows = [
+        toy_lists.row(number, 3, source_image="source-0", instruction="make the circle red") for number in range(12)
+    ]
+    lists = toy_lists.write(tmp_path / "lists", rows)
+    chosen = PersonalConfig(personal="learned", width=8)
+    tuned = pipeline(config(lists, tmp_path / "run", model="shapes-edit", personal=chosen), World())
+    with Image.open(tuned.local("grid.png")) as grid:  # the source, nobody's and three people's
+        assert grid.size == (220 + 5 * 166, 24 + 166)
+    loaded: Any = load_diffusion("shapes-edit").pipeline
+    people = load_branch(loaded.unet, tuned.local_folder("person"))
+    source, settings = Image.new("RGB", (16, 16), "blue"), SampleConfig(sampler_steps=2)
+    images = [
+        generate(loaded, ["make the circle red"], [0], settings, sources=[source], embeddings=row[None])[0].tobytes()
+        for row in people.embeddings_UJ.detach()[:2]
+        if set_people(loaded.unet, torch.ones(1)) is None
+    ]
+    assert images[0] != images[1]
 
 
 def test_edits(tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ def test_a_vector_is_the_mean_contrast_of_a_persons_lists(tmp_path: Path) -> Non
     rows[-1]["items"][1]["tie_group"] = 0  # says nothing
     rows += [toy_lists.row(5, 3, user_id=None, split="validation"), toy_lists.row(6, 3, user_id="u9", split="test")]
     lists = toy_lists.write(tmp_path, rows)
-    people, found_UD = taste_vectors(lists, "validation", pixel_statistics)
-    assert people == ("u0", "u1")
+    found = taste_vectors(lists, "validation", pixel_statistics)
+    found_UD = found.vectors_UD
+    assert found.ids == ("u0", "u1")
     from palate.corpora.pictures import decode_image, read_images
 
     images = read_images(lists, {item["image_uid"] for row in rows for item in row["items"]})
@@ -46,7 +47,8 @@ def test_people_of_one_group_are_nearer_to_each_other(tmp_path: Path) -> None:
     config = shapes.ShapesConfig(out=str(tmp_path), scenes=0, lists=12, tests=1, users=12, variation=0.0)
     world = shapes.prepare(config)
     groups = {one.user_id: one.group for one in shapes.read_annotators(world)}
-    people, vectors_UD = taste_vectors(world, "validation", pixel_statistics)
+    found = taste_vectors(world, "examples", pixel_statistics)
+    people, vectors_UD = found.ids, found.vectors_UD
     assert len(people) == 12  # held-out people as well
     unit_UD = vectors_UD / np.linalg.norm(vectors_UD, axis=1, keepdims=True)
     cosines_UU = unit_UD @ unit_UD.T - 2 * np.eye(len(people))

@@ -265,15 +265,34 @@ def test_a_loss_that_is_no_number_names_the_list(base: LoadedDiffusion, corpus: 
         tune(denoiser, parameters, broken, ObjectiveConfig(), config, str(tmp_path), World())
 
 
-def test_an_image_that_was_not_encoded_is_ledgered(base: LoadedDiffusion, corpus: Any, tmp_path: Path) -> None:
-    other = toy_lists.write(tmp_path / "lists", [toy_lists.row(n, 2, split="train") for n in range(30)])
-    lists = list_source(other, "train", Drawing(corpus[1], noise_schedule(base.scheduler), DrawConfig(), (0.0, 1.0)))
+def test_lists_without_images(base: LoadedDiffusion, corpus: Any, tmp_path: Path, caplog: Any) -> None:
+    """A few are left out, and said; many are refused: the lists and the images do not belong together."""
+    drawing = Drawing(corpus[1], noise_schedule(base.scheduler), DrawConfig(), (0.0, 1.0))
+
+    def lists(count: int) -> ListSource:  # the corpus has the images of 24
+        rows = [toy_lists.row(n, 2, split="train") for n in range(count)]
+        return list_source(toy_lists.write(tmp_path / f"{count}", rows), "train", drawing)
+
+    assert len(lists(26)) == 24
+    assert "2 of 26 lists" in caplog.text
+    assert "such as i24-1, i25-1" in caplog.text
+    with pytest.raises(ValueError, match=r"6 of 30 lists .* such as i24-1.*--image-root"):
+        lists(30)
+
+
+def test_an_image_whose_latents_are_lost_is_ledgered(base: LoadedDiffusion, corpus: Any, tmp_path: Path) -> None:
+    rows = [toy_lists.row(n, 2, split="train") for n in range(30)]
+    table = read_lists(toy_lists.write(tmp_path / "lists", rows), "train")
+    drawing = Drawing(corpus[1], noise_schedule(base.scheduler), DrawConfig(), (0.0, 1.0))
     denoiser, parameters = denoiser_of(base)
-    summary = tune(
-        denoiser, parameters, lists, ObjectiveConfig(), TuneConfig(steps=1, batch=30), str(tmp_path / "run"), World()
-    )
-    assert summary.corrupt == 6  # of 30 lists, the corpus has 24
+    config = TuneConfig(steps=1, batch=30)
+    lists = ListSource("lists", table, "all", drawing)
+    summary = tune(denoiser, parameters, lists, ObjectiveConfig(), config, str(tmp_path / "run"), World())
+    assert summary.corrupt == 6
     assert "i29-0" in (tmp_path / "run" / "corrupt.jsonl").read_text()
+    nothing = ListSource("lists", table.slice(24), "lost", drawing)
+    with pytest.raises(TrainingStopped, match=r"nothing was learned in 1 steps: 30 lists could not be read"):
+        tune(denoiser, parameters, nothing, ObjectiveConfig(), config, str(tmp_path / "none"), World())
 
 
 def test_learning_shows_on_lists_that_it_did_not_see(base: LoadedDiffusion, corpus: Any, tmp_path: Path) -> None:

@@ -337,7 +337,7 @@ def test_a_stranger_gets_the_base_models_image_bit_for_bit(service: ImageService
 def test_people_whom_no_training_saw(service: ImageService, tmp_path: Path) -> None:
     """From their examples to an image: what ``jobs/lpo.py --personal examples`` writes, served."""
     rows = [toy_lists.row(number, 3, split="train", user_id="ann") for number in range(4)]
-    rows += [toy_lists.row(4 + n, 3, split="validation", user_id=user) for n, user in enumerate(("ann", "eve"))]
+    rows += [toy_lists.row(4 + n, 3, split="examples", user_id=user) for n, user in enumerate(("ann", "eve"))]
     run = LpoConfig(
         lists=toy_lists.write(tmp_path / "lists", rows).url,
         out=str(tmp_path / "run"),

@@ -112,7 +112,7 @@ LISTS = pa.schema(
         pa.field("list_id", pa.string(), nullable=False),
         pa.field("caption", pa.string(), nullable=False),
         pa.field("user_id", pa.string()),  # null where people are pooled
-        pa.field("split", pa.string(), nullable=False),  # train, validation or test
+        pa.field("split", pa.string(), nullable=False),  # train, validation, test, or examples (of people's taste)
         pa.field(  # best first
             "items",
             pa.list_(

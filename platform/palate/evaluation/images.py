@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -45,9 +45,9 @@ from palate.evaluation.statistics import Combine, Estimate, first_column
 from palate.lpo.denoising import Conditioning, draw_timesteps, noise_schedule
 from palate.lpo.encoding import Picture, read_picture
 from palate.lpo.networks import TRAINED, load_lora
-from palate.lpo.personal import load_branch
+from palate.lpo.personal import load_branch, set_people
 from palate.lpo.sampling import SampleConfig, grid
-from palate.lpo.stages import TUNED, check_base
+from palate.lpo.stages import TUNED, base_weights, check_base
 from palate.lpo.training import Denoiser, Images
 from palate.models.diffusion import LoadedDiffusion, encode_images, encode_text, load_diffusion
 from palate.serving.images import ImageModel, ImageRequest, draw
@@ -147,9 +147,9 @@ class Comparison:
         self.config = config
         self.methods = (Method(BASE), *read_methods(config.run))
         first = self.methods[1].runs[0]
-        self.model, self.base_weights = str(first.config["model"]), str(first.config["base_weights"])
+        self.model, self.base_weights = str(first.config["model"]), base_weights(first)
         for run in (run for method in self.methods for run in method.runs):
-            if run.config["base_weights"] != first.config["base_weights"]:
+            if base_weights(run) != self.base_weights:
                 raise ArtifactMismatch(
                     f"{run.url} was tuned from {run.config['model']!r}, and {first.url} from {self.model!r}, with "
                     "other weights: only runs of one base model are compared"
@@ -202,10 +202,7 @@ class Comparison:
         return parts
 
     def errors(self, name: str, run: Artifact | None) -> Artifact | None:
-        """Denoising errors of a system on held-out images; None without a corpus that has such, and of a personal
-        model, which is the base where it is told of nobody."""
-        if run is not None and run.paths("person/"):
-            return None
+        """Denoising errors of a system on held-out images; None without a corpus that has such."""
         rows = held_out(self.corpus, self.config) if self.corpus and self.config.drift_images else []
         if not rows or self.corpus is None:
             return None
@@ -468,8 +465,8 @@ def denoising_errors(
 ) -> Array:
     """Mean squared error (rows * draws,) of the prediction on real images, row after row.
 
-    Noise and timesteps are functions of the seed, the row and the draw, so two models see the same. Models with people
-    are asked about nobody's images, where they are the base.
+    Noise and timesteps are functions of the seed, the row and the draw, so two models see the same. A model with people
+    is told of them in turn, one a row.
     """
     loaded = model.loaded
     side = config.size or model.size[0]
@@ -481,6 +478,11 @@ def denoising_errors(
     for start in progress.track(range(0, len(rows), config.sample.batch), "drift"):
         some = rows[start : start + config.sample.batch]
         latents, given = _conditioned(loaded, [pictures[row["image"]] for row in some], some, pictures, side)
+        if model.people is not None:
+            everybody_UJ = model.people.embeddings_UJ
+            places = [place % len(everybody_UJ) for place in range(start, start + len(some))]
+            given = replace(given, user_NJ=everybody_UJ[places])
+            set_people(loaded.denoiser, torch.ones(len(some)))
         errors_D = []
         for number in range(config.drift_draws):
             seeds = [seed_of(config.seed, json.dumps(row, sort_keys=True), number) for row in some]
@@ -677,7 +679,7 @@ def _notes(judges: Sequence[Scorer], comparison: Comparison, errors: Mapping[str
     else:
         yield "drift: not measured; it needs --corpus with images"
     if any(run.paths("person/") for method in comparison.methods for run in method.runs):
-        yield "drift of a personal model is that of nobody's images: none"
+        yield "drift of a personal model is with its people in turn, one an image"
 
 
 def seed_of(seed: int, *parts: object) -> int:

@@ -69,6 +69,11 @@ class EncodeConfig:
     encode_device: str | None = scale(None)
     """Where the encoders run; None: where the training does."""
 
+    def __post_init__(self) -> None:
+        # 8 is the least that any VAE and diffusers' pipelines take; a model that wants more says so when it encodes.
+        configs.require(self, lambda side: side >= 8 and side % 8 == 0, "a multiple of 8", "resolution")
+        configs.require_at_least(self, 1, "encode_batch")
+
 
 class Picture(NamedTuple):
     """An image as the encoder takes it: pixels (3, R, R) in [-1, 1], and where they come from (height, width)."""

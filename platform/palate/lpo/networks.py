@@ -109,9 +109,15 @@ def load_lora(loaded: LoadedDiffusion, path: str, name: str) -> None:
     if not folder.exists() and ("/" in path[1:] and path.startswith((".", "/"))):
         raise ValueError(f"{path}: no such folder or file; give a LoRA's folder, its safetensors file, or a hub id")
     keywords = {"weight_name": folder.name} if folder.is_file() else {}
-    found = pipeline.lora_state_dict(
-        str(folder.parent if folder.is_file() else path), use_safetensors=True, return_lora_metadata=True, **keywords
-    )
+    try:
+        found = pipeline.lora_state_dict(
+            str(folder.parent if folder.is_file() else path),
+            use_safetensors=True,
+            return_lora_metadata=True,
+            **keywords,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a LoRA: {error}") from error
     # U-Nets' readers give alphas as well, transformers' may not.
     tensors, alphas, metadata = found if len(found) == 3 else (found[0], None, found[1])
     own = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{loaded.denoiser_name}.")}

@@ -55,7 +55,7 @@ def add_branch(network: nn.Module, width: int, seed: int = 0) -> None:
     if not crossing or not hasattr(network, "_load_ip_adapter_weights"):
         raise ValueError(
             f"personal tuning needs a U-Net with attention to the text, found {type(network).__name__}: choose a base "
-            "model of family sd or sdxl"
+            "model of family sd, sdxl or ip2p"
         )
     network.requires_grad_(False)
     unet: Any = network

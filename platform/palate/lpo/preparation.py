@@ -14,6 +14,7 @@ On retry: as in ``palate.corpora.preparation``. Images are on the disk twice unt
 
 import dataclasses
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -39,7 +40,10 @@ from palate.corpora.streams import CorpusError, absolute, sha256_of
 from palate.lpo import lists
 from palate.lpo.lists import Built, Rules, Votes
 
+log = logging.getLogger(__name__)
+
 WORK = "ranking-work"
+EXAMPLES = "examples"  # the split of lists that show a person's taste
 IMAGE_CHUNK = 64 << 20  # bytes of images that a task gathers before it writes
 IMAGE_ROWS = 64  # of a row group
 
@@ -82,6 +86,10 @@ class RankingsConfig(PrepareConfig):
     """Share of components (captions and images that hang together) in the validation split."""
     test: float = 0.05
     """Share of components in the test split."""
+    examples: float = 0.0
+    """Share of each person's training lists that become examples of their taste instead (split `examples`)."""
+    held_out_people: float = 0.0
+    """Share of people whom no training list is of: these become examples of their taste, too."""
     split_seed: int = 0
     max_component: float = 0.5
     """Stop when captions that hang together hold a larger share of all annotations: no split would be left."""
@@ -102,6 +110,9 @@ class Settings:
     images: pictures.Mode
     image_root: str
     buckets: int
+    examples: float
+    held_out_people: float
+    split_seed: int
 
 
 def prepare(config: RankingsConfig, runner: Runner = run_local) -> artifacts.Artifact:
@@ -129,11 +140,13 @@ def prepare(config: RankingsConfig, runner: Runner = run_local) -> artifacts.Art
 def _check(config: RankingsConfig) -> None:
     if not config.input:
         raise CorpusError("--input: no file is given")
-    for name in ("max_quarantined", "max_component", "validation", "test"):
+    for name in ("max_quarantined", "max_component", "validation", "test", "examples", "held_out_people"):
         if not 0 <= getattr(config, name) <= 1:  # NaN, too
             raise CorpusError(f"--{name.replace('_', '-')} is a share from 0 to 1, got {getattr(config, name)}")
     if config.validation + config.test >= 1:
         raise CorpusError("--validation and --test together leave nothing to train on")
+    if (config.examples or config.held_out_people) and config.group_by != "caption-user":
+        raise CorpusError("--examples and --held-out-people are about single people: add --group-by caption-user")
     if config.max_length < 2:
         raise CorpusError(f"--max-length is at least 2, got {config.max_length}")
     if not config.margin >= 0:
@@ -152,7 +165,8 @@ def _settings(config: RankingsConfig, paths: Sequence[str]) -> Settings:
         max_length=config.max_length,
     )
     root = absolute(config.image_root) if config.image_root else ""
-    return Settings(name, rules, config.group_by, config.margin, config.images, root, config.buckets)
+    people = (config.examples, config.held_out_people, config.split_seed)
+    return Settings(name, rules, config.group_by, config.margin, config.images, root, config.buckets, *people)
 
 
 def _digest(path: str) -> str:
@@ -193,6 +207,11 @@ class _Preparation:
         image_buckets = sorted({bucket for one in read_units for bucket in one["image_buckets"]})
         collect = partial(_finish_images, sources=sources, out=writer.url)
         images = _total(self.runner(Step("images", collect, image_buckets)) if image_buckets else [])
+        if not images["images"] and settings.images != "skip":
+            log.warning(
+                "no image was found, so nothing can be tuned on these lists: the input holds none, and %s",
+                f"none is under --image-root {config.image_root}" if config.image_root else "--image-root is not given",
+            )
         self._write_quarantine(writer, sources)
         report = self._report(records, reasons, counts, images, linked)
         writer.write_json("report.json", report)
@@ -293,7 +312,7 @@ class _Preparation:
             "share_in_lists_longer_than_2": round(counts["kept in long lists"] / won, 4) if won else 0.0,
             "lists": counts["lists"],
             "lists_by_length": {str(length): lengths[length] for length in sorted(lengths)},
-            "lists_by_split": {name: counts[f"split {name}"] for name in SPLITS},
+            "lists_by_split": {name: counts[f"split {name}"] for name in (*SPLITS, EXAMPLES)},
             "groups": counts["groups"],
             "cycles": counts["cycles"],
             "images_in_cycles": counts["images in cycles"],
@@ -525,16 +544,28 @@ def make_lists(table: pa.Table, captions: Hashes, splits: np.ndarray, settings: 
     votes = Votes(group.astype(np.int64), winner, loser, tie, table["votes"].to_numpy())
     built = lists.build(votes, settings.rules)
     caption_hash = table["caption_hash"].to_numpy()[example]
-    split = pa.array(SPLITS).take(pa.array(splits[np.searchsorted(captions, caption_hash)]))
+    place = splits[np.searchsorted(captions, caption_hash)]
     shown = {
         name: table[name].take(pa.array(example)) for name in ("caption", "user_id", "source_image", "instruction")
     }
     if settings.group_by == "caption":
         shown["user_id"] = pa.nulls(len(groups), pa.string())
+    else:
+        place = np.where((place == 0) & are_examples(shown["user_id"], groups, settings), len(SPLITS), place)
+    split = pa.array([*SPLITS, EXAMPLES]).take(pa.array(place))
     writing = _Writing(table, votes, built, uids, groups, split, shown, settings.rules.kind)
     found = writing.lists()
     counts.update(_counts(built, found, writing.ties_of_graph, len(groups)))
     return Made(found, writing.ties(), counts)
+
+
+def are_examples(users: pa.ChunkedArray, groups: Hashes, settings: Settings) -> np.ndarray:
+    """Which groups are examples of a person's taste rather than training: all of people who are held out, and a share
+    of everybody's. By hashes of the person and of the group, so that more data moves nobody."""
+    seed = np.uint64(settings.split_seed)
+    person = combine(hash64(users, "held out"), np.full(len(groups), seed)) / 2.0**64
+    drawn = combine(groups, np.full(len(groups), seed)) / 2.0**64
+    return (person < settings.held_out_people) | (drawn < settings.examples)
 
 
 def _paired(table: pa.Table, settings: Settings) -> pa.Table:

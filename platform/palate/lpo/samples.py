@@ -7,10 +7,12 @@ difference of two errors is then that of the images alone. The prompt is dropped
 
 import copy
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -18,10 +20,13 @@ import torch
 from torch import Tensor
 
 from palate.artifacts import Artifact
+from palate.config import require, require_at_least, require_shares
 from palate.corpora.schema import LISTS
 from palate.lpo.denoising import Conditioning, NoiseSchedule, draw_timesteps
 from palate.lpo.encoding import Encoded, Latents
 from palate.training.stream import CorruptSample
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,11 @@ class DrawConfig:
     fixed_draws: int = 0
     """So many draws of noise, timestep and dropout for each list, whose reference errors are computed once, before the
     training; 0: new draws in every epoch."""
+
+    def __post_init__(self) -> None:
+        require_shares(self, "prompt_dropout", "user_dropout")
+        require(self, lambda share: 0 <= share <= 1 / 3, "a share from 0 to 1/3 (there are three)", "source_dropout")
+        require_at_least(self, 0, "fixed_draws")
 
 
 @dataclass(frozen=True)
@@ -212,14 +222,15 @@ class ListSource:
 
 
 def list_source(lists: Artifact, split: str, drawing: Drawing, only_users: frozenset[str] | None = None) -> ListSource:
-    """The ranked lists of a split, of some people only if wanted.
+    """The ranked lists of a split, of some people only if wanted; without those that name an image that is not there.
 
     Raises:
-        ValueError: the split has no list.
+        ValueError: the split has no list, or many have no images.
     """
     table = read_lists(lists, split, only_users)
     if not table.num_rows:
         raise ValueError(f"{lists.url} has no list in split {split!r}: look at its report.json, or prepare more data")
+    table = _with_images(table, drawing, f"lists of {lists.url} in split {split!r}")
     return ListSource(f"lists-{split}", table, f"{lists.digest} {split}", drawing)
 
 
@@ -252,15 +263,40 @@ def image_source(corpus: Artifact, split: str, drawing: Drawing) -> ListSource:
     return ListSource(f"{folder}-{split}", table, f"{corpus.digest} {folder} {split}", drawing)
 
 
+def _with_images(table: pa.Table, drawing: Drawing, what: str) -> pa.Table:
+    """The records whose images were all encoded; says how many others there are.
+
+    Raises:
+        ValueError: these are more than a tenth.
+    """
+    uids = [item["image_uid"] for item in pc.list_flatten(table["items"]).to_pylist()]
+    rows = pc.list_parent_indices(table["items"]).to_pylist()
+    if drawing.editing:
+        uids += table["source_image"].to_pylist()
+        rows += range(table.num_rows)
+    unknown = {row: uid for row, uid in zip(rows, uids, strict=True) if uid not in drawing.encoded}
+    complete, missing = np.ones(table.num_rows, dtype=bool), len(unknown)
+    complete[list(unknown)] = False
+    if missing:
+        shown = ", ".join(sorted({str(uid) for uid in unknown.values()})[:3])
+        found = f"{missing} of {table.num_rows} {what} name images that are not in its images/, such as {shown}"
+        if missing > _MOST_WITHOUT_IMAGES * table.num_rows:
+            raise ValueError(f"{found}: prepare them with --image-root, or from files that hold the images")
+        log.warning("%s; they are left out", found)
+    return table.filter(pa.array(complete))
+
+
+_MOST_WITHOUT_IMAGES = 0.1
 _SCENES = {"image": "image_uid", "source": ""}
 _EDITS = {"image": "target_uid", "source": "source_uid"}
 
 
-def read_lists(lists: Artifact, split: str, only_users: frozenset[str] | None = None) -> pa.Table:
-    """The records of a split, of some people only if wanted, in the order of the files."""
+def read_lists(lists: Artifact, split: str | None, only_users: frozenset[str] | None = None) -> pa.Table:
+    """The records of a split, or of all, of some people only if wanted, in the order of the files."""
     tables = [pq.read_table(lists.local(path)) for path in lists.paths("lists/", ".parquet")]
     table = pa.concat_tables(tables)
-    table = table.filter(pc.equal(table["split"], split))
+    if split is not None:
+        table = table.filter(pc.equal(table["split"], split))
     if only_users is not None:
         table = table.filter(pc.is_in(table["user_id"], pa.array(sorted(only_users), pa.string())))
     return table

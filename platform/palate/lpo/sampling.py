@@ -10,7 +10,7 @@ import tyro
 from PIL import Image, ImageDraw
 from torch import nn
 
-from palate.config import scale
+from palate.config import require_at_least, scale
 from palate.progress import track
 
 
@@ -26,6 +26,9 @@ class SampleConfig:
     """Editing: guidance of the source image."""
     batch: Annotated[int, tyro.conf.arg(name="sample-batch")] = scale(4)
     """Images made together."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "sampler_steps", "batch")
 
     def sides(self, editing: bool) -> int:
         """How often the denoiser sees each image at a step: with and without what it is guided by."""
@@ -97,8 +100,9 @@ def _given_people(pipeline: Any, embeddings_NJ: torch.Tensor | None) -> Iterator
         hook.remove()
 
 
-def grid(rows: Sequence[str], columns: Mapping[str, Sequence[Image.Image]], side: int = 160) -> Image.Image:
-    """A picture with a row for each caption and a column for each system, labelled."""
+def grid(rows: Sequence[str], columns: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
+    """A picture with a row for each caption and a column for each system, labelled; images at 160 to 320 pixels."""
+    side = min(320, max([160, *(image.width for images in columns.values() for image in images)]))
     text, top, gap = 220, 24, 6
     sheet = Image.new("RGB", (text + len(columns) * (side + gap), top + len(rows) * (side + gap)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -108,7 +112,8 @@ def grid(rows: Sequence[str], columns: Mapping[str, Sequence[Image.Image]], side
         y = top + row * (side + gap)
         pen.multiline_text((8, y + 8), _wrapped(caption, 32), fill="black")
         for place, images in enumerate(columns.values()):
-            sheet.paste(images[row].resize((side, side), Image.Resampling.NEAREST), (text + place * (side + gap), y))
+            by = Image.Resampling.NEAREST if images[row].width < side else Image.Resampling.LANCZOS
+            sheet.paste(images[row].resize((side, side), by), (text + place * (side + gap), y))
     return sheet
 
 

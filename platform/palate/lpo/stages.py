@@ -9,6 +9,8 @@
 Started again, the pipeline skips what is finished and goes on where it was.
 """
 
+import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -34,12 +36,15 @@ from palate.lpo.networks import TRAINED, WeightsConfig, tuned
 from palate.lpo.reference import precomputed
 from palate.lpo.samples import DrawConfig, Drawing, Users, image_source, list_source, read_lists
 from palate.lpo.sampling import SampleConfig
-from palate.lpo.taste import taste_vectors
+from palate.lpo.taste import TASTE, save_tastes, taste_vectors
 from palate.lpo.training import Denoiser, ObjectiveConfig, TuneConfig, measure, tune
 from palate.models.diffusion import LoadedDiffusion, load_diffusion
 from palate.models.image_features import PIXELS, image_features
 from palate.training.checkpoints import Store
+from palate.training.loop import TrainingSummary
 from palate.training.parallel import World
+
+log = logging.getLogger(__name__)
 
 TUNED, PEOPLE = "lpo-tuned", "lpo-people"
 
@@ -53,7 +58,7 @@ class PersonalConfig:
     computed from each person's example lists, so that people whom the training does not see have one too."""
     width: int = 32
     """Of a learned embedding."""
-    examples_split: Literal["train", "validation"] = "validation"
+    examples_split: Literal["examples", "validation", "train"] = "examples"
     """Where the examples come from. Of other lists than the training's, a vector says what it will say of strangers."""
     features: str = PIXELS
     """What examples are compared by: "pixels", simple statistics, or a CLIP or DINO model by folder or hub id."""
@@ -70,8 +75,8 @@ class LpoConfig:
     model: str = "shapes"
     """Base model: a hub id or a folder of a diffusers pipeline."""
     train_on: Literal["lists", "images"] = "lists"
-    """images: the captioned images, or edits, beside the lists, to train a base model (with --objective denoising
-    and --weights full)."""
+    """images: the captioned images, or edits, that `jobs/prepare.py shapes` puts beside the lists, to train a base
+    model (with --objective denoising and --weights full)."""
     seed: int = 0
     """Of everything that is drawn."""
     encode: EncodeConfig = field(default_factory=EncodeConfig)
@@ -81,7 +86,7 @@ class LpoConfig:
     tune: TuneConfig = field(default_factory=TuneConfig)
     personal: PersonalConfig = field(default_factory=PersonalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
-    grid: int = scale(6)
+    grid: int = 6
     """Captions of held-out lists in the grid of images; 0: none."""
     launcher: Literal["local", "torchrun", "ray"] = scale("local")
     """local: this process; torchrun: the ranks that torchrun started; ray: workers of a Ray cluster."""
@@ -122,9 +127,14 @@ def people_of_examples(config: LpoConfig, lists: Artifact, device: str) -> Artif
 
     def produce(writer: Writer) -> None:
         features = image_features(config.personal.features, device)
-        ids, vectors_UD = taste_vectors(lists, config.personal.examples_split, features)
-        personal.save_people(personal.People(ids, torch.from_numpy(vectors_UD), learned=False), writer.folder)
-        writer.summary.update(people=len(ids), width=vectors_UD.shape[1])
+        tastes = taste_vectors(lists, config.personal.examples_split, features)
+        save_tastes(tastes, writer.folder)
+        writer.summary.update(people=len(tastes.ids), width=tastes.vectors_UD.shape[1])
+        trained = set(read_lists(lists, "train")["user_id"].to_pylist()) - {None}
+        nobody = sorted(trained - set(tastes.ids))
+        print(f"{len(tastes.ids)} people have examples, {len(trained) - len(nobody)} of the {len(trained)} in training")
+        if nobody:
+            log.warning("without examples, their training lists are nobody's: %s", ", ".join(nobody[:5]))
 
     return artifacts.ensure(join(config.out, "people"), produce, kind=PEOPLE, config=chosen, inputs={"lists": lists})
 
@@ -137,13 +147,13 @@ def pipeline(config: LpoConfig, world: World) -> Artifact:
         TrainingStopped: a guard ended the training.
         ValueError: settings, model and lists do not go together.
     """
-    if config.train_on == "images" and config.learn.objective != "denoising":
-        raise ValueError("--train-on images has nothing that is ranked: it goes with --objective denoising")
+    _check(config)
     lists = artifacts.open_artifact(config.lists, RANKED_LISTS)
     out = join(config.out, "tuned")
     loaded = load_diffusion(config.model, device=str(world.device))
     described = {**identity(config), "base_weights": loaded.weights}
-    if found := artifacts.finished(out, kind=TUNED, config=described, inputs={"lists": lists}):
+    again = _differs_in_pictures(out, described)
+    if not again and (found := artifacts.finished(out, kind=TUNED, config=described, inputs={"lists": lists})):
         return found
     if world.main:
         with progress.stage("encode"):
@@ -158,10 +168,29 @@ def pipeline(config: LpoConfig, world: World) -> Artifact:
         summary = run.tune()
     if world.main:
         with progress.stage("write"):
-            produce = partial(run.write, seconds=summary.seconds)
-            artifacts.ensure(out, produce, kind=TUNED, config=described, inputs={"lists": lists})
+            produce = partial(run.write, summary=summary)
+            artifacts.ensure(out, produce, kind=TUNED, config=described, inputs={"lists": lists}, fresh=again)
     world.barrier()
     return artifacts.open_artifact(out, TUNED)
+
+
+def _check(config: LpoConfig) -> None:
+    if config.train_on == "images" and config.learn.objective != "denoising":
+        raise ValueError("--train-on images has nothing that is ranked: it goes with --objective denoising")
+    if config.personal.personal != "none" and config.weights != WeightsConfig():
+        raise ValueError(
+            f"--personal {config.personal.personal} trains the branch that reads people's vectors, and nothing else: "
+            "leave out --weights, --rank, --alpha, --targets, --start-lora, --reference-lora, --gradient-checkpointing"
+        )
+
+
+def _differs_in_pictures(out: str, described: Mapping[str, Any]) -> bool:
+    """Whether what is finished differs in its grid alone, which needs no training to be made again."""
+    if not artifacts.exists(out):
+        return False
+    before = artifacts.open_artifact(out, TUNED).config
+    pictures = {name: described[name] for name in ("sample", "grid")}
+    return dict(before) != dict(described) and {**before, **pictures} == described
 
 
 def check_base(loaded: LoadedDiffusion, run: Artifact) -> None:
@@ -170,11 +199,24 @@ def check_base(loaded: LoadedDiffusion, run: Artifact) -> None:
     Raises:
         ArtifactMismatch: naming both.
     """
-    if loaded.weights != run.config["base_weights"]:
+    if loaded.weights != base_weights(run):
         raise ArtifactMismatch(
             f"the base model {loaded.name} has the weights {loaded.weights}, but {run.url} was tuned from weights "
-            f"{run.config['base_weights']}: give the base that it was tuned from, or tune this one"
+            f"{base_weights(run)}: give the base that it was tuned from, or tune this one"
         )
+
+
+def base_weights(run: Artifact) -> str:
+    """Which weights a run tuned.
+
+    Raises:
+        ArtifactMismatch: it does not say.
+    """
+    if "base_weights" not in run.config:
+        raise ArtifactMismatch(
+            f"{run.url} does not say which weights it was tuned from: it is of an older version; tune anew"
+        )
+    return str(run.config["base_weights"])
 
 
 @dataclass
@@ -209,7 +251,7 @@ class _Run:
         users = Users(self.people.places) if self.people else None
         return drawing_of(self.loaded, self.encoded, self.config.draw, users)
 
-    def tune(self) -> Any:
+    def tune(self) -> TrainingSummary:
         """Train, and leave the tuned weights in the loaded pipeline."""
         config = self.config
         network = self.loaded.denoiser
@@ -258,9 +300,9 @@ class _Run:
             self.denoiser = replace(denoiser, reference=lambda: nullcontext(base))
         return summary
 
-    def write(self, writer: Writer, seconds: float) -> None:
+    def write(self, writer: Writer, summary: TrainingSummary) -> None:
         """The tuned weights, how they do on held-out lists, a grid and a model card."""
-        report = {"seconds": seconds}
+        report: dict[str, float] = {}
         for split in ("validation", "test"):
             if read_lists(self.lists, split).num_rows:
                 measured = measure(
@@ -272,6 +314,9 @@ class _Run:
         if self.people is not None:
             del network.people
             personal.save_branch(network, self.people, writer.folder / "person")
+            if self.config.personal.personal == "examples":  # what a later person is measured by
+                made = artifacts.open_artifact(join(self.config.out, "people"), PEOPLE)
+                shutil.copy(made.local(TASTE), writer.folder / "person" / TASTE)
         elif self.config.weights.weights == "lora":
             part = self.loaded.denoiser_name
             state = get_peft_model_state_dict(network, adapter_name=TRAINED)
@@ -282,8 +327,10 @@ class _Run:
             pipeline.save_pretrained(writer.folder / "pipeline")
         if self.config.grid:
             self._grid().save(writer.folder / "grid.png")
+        card = model_card(self.config, self.lists, report)
+        report |= {"seconds": summary.seconds, "unreadable_lists": float(summary.corrupt)}
         writer.write_json("report.json", report)
-        (writer.folder / "README.md").write_text(model_card(self.config, self.lists, report))
+        (writer.folder / "README.md").write_text(card)
         writer.summary.update(report)
 
     def _grid(self) -> Any:
@@ -341,13 +388,21 @@ def model_card(config: LpoConfig, lists: Artifact, report: Mapping[str, float]) 
     }[kind]
     picture = "![The same seeds side by side](grid.png)\n\n" if config.grid else ""
     rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in sorted(report.items()))
-    learned = "".join(f"| {name} | {value} |\n" for name, value in to_dict(config.learn).items())
+    chosen = to_dict(config.learn) | {
+        "learning_rate": config.tune.learning_rate,
+        "resolution": config.encode.resolution,
+        "seed": config.seed,
+    }
+    if config.personal.personal == "none":
+        chosen |= to_dict(config.weights)
+    learned = "".join(f"| {name} | {value} |\n" for name, value in chosen.items())
     return (
         f"---\nbase_model: {config.model}\nlibrary_name: diffusers\ntags: [preference-tuning, diffusion-lpo]\n---\n\n"
         f"# {config.model}, tuned on ranked lists\n\n"
         f"Tuned by Palate: {config.learn.objective} over {config.tune.steps} steps of {config.tune.batch} lists "
         f"(Diffusion-LPO, arXiv 2510.01540). The lists have the digest `{lists.digest[:16]}`. Whose taste this is, "
-        "those lists say; weights can keep traces of what they were tuned on.\n\n"
+        "those lists say; weights can keep traces of what they were tuned on, and the licences of these images and of "
+        "the base model hold for what is made of them.\n\n"
         f"```python\n{use}\n```\n\n{picture}"
         f"| setting | value |\n|---|---|\n{learned}\n"
         f"| on held-out lists | value |\n|---|--:|\n{rows}"

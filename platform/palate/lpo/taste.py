@@ -8,17 +8,23 @@ Symbols: U people, D features, M images of a list.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from palate import progress
 from palate.artifacts import Artifact
 from palate.corpora.pictures import decode_image, read_images
+from palate.lpo.personal import People, save_people
 from palate.lpo.samples import read_lists
 from palate.models.image_features import Features
 
 Array = NDArray[np.float64]
+TASTE = "taste.safetensors"
 _BATCH = 64  # images whose features are computed together
 
 
@@ -33,25 +39,34 @@ def rank_weights(tie_groups: Sequence[int]) -> Array:
     return np.array([places[groups == group].mean() for group in groups])
 
 
+@dataclass(frozen=True)
+class Tastes:
+    """People, sorted, and their vectors (U, D); and what these are measured in: the features' spread within lists (D,),
+    infinite where a feature never differs, and the ``size`` that vectors of mean square 1 are divided by."""
+
+    ids: tuple[str, ...]
+    vectors_UD: Array
+    spreads_D: Array
+    size: float
+
+
 def taste_vectors(
-    lists: Artifact, split: str, features: Features, users: Sequence[str] | None = None
-) -> tuple[tuple[str, ...], Array]:
-    """The people who ranked lists of ``split``, in order of their ids, and their vectors (U, D), of mean square 1.
+    lists: Artifact, split: str | None, features: Features, measured: tuple[Array, float] | None = None
+) -> Tastes:
+    """The people who ranked lists of ``split``, of any if None, and their vectors.
 
     Args:
-        users: only these; who has no list there is left out.
+        measured: spread and size of other people's vectors, for vectors like theirs; None: of these people.
 
     Raises:
         ValueError: nobody ranked anything there.
     """
     rows = [row for row in read_lists(lists, split).to_pylist() if row["user_id"] is not None]
-    if users is not None:
-        rows = [row for row in rows if row["user_id"] in set(users)]
     rows = [row for row in rows if len({item["tie_group"] for item in row["items"]}) > 1]
     if not rows:
         raise ValueError(
-            f"{lists.url} has no ranked list of a person in split {split!r}: prepare the lists with --group-by "
-            "caption-user, or name another --examples-split"
+            f"{lists.url} has no ranked list of a person{f' in split {split!r}' if split else ''}: prepare the lists "
+            "with --group-by caption-user and --examples or --held-out-people, or name another --examples-split"
         )
     wanted = {item["image_uid"] for row in rows for item in row["items"]}
     table = _features_of(lists, wanted, features)
@@ -67,10 +82,27 @@ def taste_vectors(
         counts_U[places[row["user_id"]]] += 1
         squares_D += ((found_MD - found_MD.mean(axis=0)) ** 2).sum(axis=0)
         images += len(found_MD)
-    spreads_D = np.sqrt(squares_D / images)
+    found_D = np.sqrt(squares_D / images)
     # A feature that never differs says nothing.
-    vectors_UD = sums_UD / counts_U[:, None] / np.where(spreads_D > 1e-8, spreads_D, np.inf)
-    return people, vectors_UD / max(np.sqrt((vectors_UD**2).mean()), 1e-8)
+    spreads_D = np.where(found_D > 1e-8, found_D, np.inf) if measured is None else measured[0]
+    if len(spreads_D) != width:
+        raise ValueError(f"features of {width} numbers, where {len(spreads_D)} are expected: give the same --features")
+    vectors_UD = sums_UD / counts_U[:, None] / spreads_D
+    size = max(float(np.sqrt((vectors_UD**2).mean())), 1e-8) if measured is None else measured[1]
+    return Tastes(people, vectors_UD / size, spreads_D, size)
+
+
+def save_tastes(tastes: Tastes, folder: Path) -> None:
+    """Write the people's vectors, and in ``TASTE`` what they are measured in."""
+    save_people(People(tastes.ids, torch.from_numpy(tastes.vectors_UD), learned=False), folder)
+    measured = {"spreads": torch.from_numpy(tastes.spreads_D), "size": torch.tensor(tastes.size, dtype=torch.float64)}
+    save_file(measured, folder / TASTE)
+
+
+def load_measure(folder: Path) -> tuple[Array, float]:
+    """Spread and size from ``TASTE``, for ``taste_vectors``."""
+    found = load_file(folder / TASTE)
+    return found["spreads"].numpy(), float(found["size"])
 
 
 def _features_of(lists: Artifact, uids: set[str], features: Features) -> dict[str, Array]:

@@ -14,11 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from palate.config import scale
+from palate.config import require, require_at_least, require_shares, scale
 from palate.lpo import caching, objectives
 from palate.lpo.denoising import Conditioning, NoiseSchedule, predict
 from palate.lpo.samples import ListSample, Order
 from palate.training import loop
+from palate.training.guards import TrainingStopped
 from palate.training.parallel import Precision, World
 from palate.training.stream import Source, Stream
 
@@ -46,6 +47,11 @@ class ObjectiveConfig:
     safeguard_mu: float | None = None
     """Scale down what pushes losers away until winners' errors do not grow (SDPO's rule); 0 to 1, None: off."""
 
+    def __post_init__(self) -> None:
+        require(self, lambda beta: beta > 0, "larger than 0", "kl_beta")
+        require(self, lambda share: 0 <= share < 0.5, "a share below 0.5", "label_smoothing")
+        require(self, lambda mu: mu is None or 0 <= mu <= 1, "from 0 to 1, or none", "safeguard_mu")
+
 
 @dataclass(frozen=True)
 class TuneConfig:
@@ -67,8 +73,8 @@ class TuneConfig:
     """Largest gradient norm."""
     precision: Precision = "fp32"
     """bf16 computes in bfloat16 where that is safe; errors and scores stay float32."""
-    spike_sigmas: float | None = None
-    """Skip an update whose loss is so many robust deviations above the median; None: never."""
+    spike_sigmas: float | None = 20.0
+    """Skip an update whose loss is so many robust deviations above the median, and stop after three; None: never."""
     caching: Literal["none", "two-pass", "one-pass"] = scale("none")
     """List gradient caching: memory of one chunk of images. one-pass suits adapters, two-pass full weights."""
     micro_batch: int = scale(4)
@@ -77,6 +83,13 @@ class TuneConfig:
     """Images that go through the network at once, with caching; without, all of a micro-batch do."""
     checkpoint_every: int = scale(100)
     """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "steps", "batch", "micro_batch", "chunk", "checkpoint_every")
+        require_at_least(self, 0, "learning_rate", "weight_decay")
+        require_shares(self, "warmup_ratio")
+        require(self, lambda norm: norm > 0, "larger than 0", "clip_norm")
+        require(self, lambda most: most is None or most > 0, "larger than 0, or none", "spike_sigmas")
 
 
 @dataclass(frozen=True)
@@ -238,7 +251,8 @@ def tune(
     """Tune the denoiser's parameters in place; goes on where a run in ``folder`` was stopped.
 
     Raises:
-        TrainingStopped: a loss was not finite; the message names the lists.
+        TrainingStopped: a loss was not finite or left its usual range, and the message names the lists; or no list
+            could be learned from.
         ValueError: settings that do not go together.
     """
     if objective.safeguard_mu is not None and objective.objective in ("sft", "denoising"):
@@ -258,9 +272,15 @@ def tune(
     stream = Stream([source], config.batch, seed=seed)
     loss = partial(step_loss, denoiser=denoiser, objective=objective, config=config)
     weigh = partial(_weigh, objective=objective)
-    return loop.train(
+    summary = loop.train(
         denoiser.network, [group], stream, weigh, loss, settings, folder, world, identity=identity, fresh=fresh
     )
+    if not summary.updates[LISTS]:
+        raise TrainingStopped(
+            f"nothing was learned in {summary.steps} steps: {summary.corrupt} lists could not be read, and the others "
+            "order nothing. See training/corrupt.jsonl; prepare the lists again"
+        )
+    return summary
 
 
 def _weigh(sample: ListSample, *, objective: ObjectiveConfig) -> dict[str, float]:
@@ -282,9 +302,9 @@ def step_loss(
     """The share of these lists in the loss of the global batch."""
     kept = [sample for sample in samples if _weigh(sample, objective=objective)]
     device = next(model.parameters()).device
+    nothing = next(parameter for parameter in model.parameters() if parameter.requires_grad).sum() * 0
     if not kept:  # lists that order nothing
-        anchor = next(parameter for parameter in model.parameters() if parameter.requires_grad)
-        return loop.LossOutput(anchor.sum() * 0)
+        return loop.LossOutput(nothing)
     # With the one-pass form the lists are taken one by one: it keeps a gradient for each image of a call.
     parts = [[sample] for sample in kept] if config.caching == "one-pass" else [kept]
     outputs = [_part(model, part, totals[LISTS], device, denoiser, objective, config) for part in parts]
@@ -293,7 +313,7 @@ def step_loss(
         for name, (value, weight) in output.metrics.items():
             before = metrics.get(name, (0.0, 0.0))
             metrics[name] = (before[0] + value, before[1] + weight)
-    return loop.LossOutput(torch.stack([output.loss for output in outputs]).sum(), metrics)
+    return loop.LossOutput(torch.stack([output.loss for output in outputs]).sum() + nothing, metrics)
 
 
 def _part(
@@ -339,7 +359,10 @@ def _part(
             errors_BM = objectives.safeguarded(errors_BM, losses_of, gram_BMM, objective.safeguard_mu)
         return (losses_of(errors_BM) * weights_B).sum()
 
-    if config.caching == "one-pass":
+    if _nobodys(images.given):  # the branch is skipped, and nothing else is trained
+        with torch.no_grad():
+            found = caching.plain_loss(model, spans, errors_of, whole)
+    elif config.caching == "one-pass":
         found = caching.one_pass_loss(model, spans, errors_of, whole, safeguard_mu=objective.safeguard_mu)
     else:
         by = caching.two_pass_loss if config.caching == "two-pass" else caching.plain_loss
@@ -349,6 +372,10 @@ def _part(
         signals(found.errors_N, reference_N, index_N, scored_BM, orders, len(denoiser.schedule)) if compares else {}
     )
     return loop.LossOutput(found.loss, {"error": (found.errors_N.sum(), len(index_N)), **metrics})
+
+
+def _nobodys(given: Conditioning) -> bool:
+    return given.user_scale_N is not None and not bool(given.user_scale_N.any())
 
 
 def spans_of(images: int, config: TuneConfig) -> list[slice]:

@@ -221,7 +221,7 @@ class _Asked:
 async def _answer(request: Request, by: Caller, asked: _Asked) -> Response:
     """Draw, and answer whole, or as a stream once the first step is done."""
     body, settings = asked.body, _service(request).settings
-    if body.user is not None:
+    if body.user is not None and not asked.hosted.model.knows(body.user):  # a run's people may have ids of any form
         require_user(body.user, "user")
     if body.n > settings.max_images:
         raise ApiError(400, f"n = {body.n}: this server makes at most {settings.max_images} at a time", param="n")

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 SPIKE_WINDOW = 64  # accepted losses that a new one is compared with
@@ -33,8 +33,11 @@ class SpikeGuard:
     losses: list[float] = field(default_factory=list)
     rejected: int = 0
 
-    def accepts(self, loss: float, step: int) -> bool:
+    def accepts(self, loss: float, step: int, samples: Callable[[], Sequence[str]] = tuple) -> bool:
         """Whether to apply the update of this loss.
+
+        Args:
+            samples: gives the ids of what the loss is of, for the message.
 
         Raises:
             LossSpike: several in a row were rejected.
@@ -51,8 +54,9 @@ class SpikeGuard:
                 if self.rejected >= SPIKE_PATIENCE:
                     raise LossSpike(
                         f"step {step}: loss {loss:.4g} is above {limit:.4g}, like {self.rejected - 1} before it "
-                        f"(median of the last {len(self.losses)} others: {median:.4g}). Lower the learning "
-                        "rate, or raise --spike-sigmas; the last checkpoint is from before"
+                        f"(median of the last {len(self.losses)} others: {median:.4g}); samples: "
+                        f"{_shown(samples())}. Lower the learning rate, or raise --spike-sigmas; the last checkpoint "
+                        "is from before"
                     )
                 return False
         self.rejected = 0
@@ -72,8 +76,11 @@ def non_finite(
     if math.isfinite(loss):
         groups = sorted(name for name, norm in norms.items() if not math.isfinite(norm))
         what = "a gradient is not finite, though the loss is"
-    shown = ", ".join(samples[:20]) + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
     return NonFinite(
-        f"step {step}: {what}; samples: {shown}; groups: {', '.join(groups)}. Nothing was saved after the last "
-        "checkpoint. Look at these samples, lower the learning rate, or train with --precision fp32"
+        f"step {step}: {what}; samples: {_shown(samples)}; groups: {', '.join(groups)}. Nothing was saved after "
+        "the last checkpoint. Look at these samples, lower the learning rate, or train with --precision fp32"
     )
+
+
+def _shown(samples: Sequence[str]) -> str:
+    return ", ".join(samples[:20]) + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")

@@ -262,7 +262,9 @@ class _Run:
         loss, metrics = self._gather([output for _, output in done])
         if not all(map(math.isfinite, [loss, *norms.values()])):
             self._stop(loss, norms, done, totals)
-        accepted = bool(active) and state.guard.accepts(loss, number)
+        accepted = bool(active) and state.guard.accepts(
+            loss, number, lambda: [sample for unit in units for sample in self.stream.ids(unit)]
+        )
         rates = self._update(active, norms) if accepted else {}
         self.optimizer.zero_grad(set_to_none=True)
         state.step, state.cursors, state.loss = number, cursors, loss
@@ -287,6 +289,10 @@ class _Run:
         weights = [self.weigh(item.value) for item in loaded if item.value is not None]
         gathered = self.world.gather([_sum(weights), [bad for item in loaded for bad in item.corrupt]])
         if corrupt := [bad for _, theirs in gathered for bad in theirs]:
+            if not self.state.corrupt and self.world.main:
+                log.warning(
+                    "samples cannot be read, and are left out; see corrupt.jsonl. The first one: %s", corrupt[0]
+                )
             self.state.corrupt += len(corrupt)
             if self.log:
                 self.log.corrupt(self.state.step + 1, corrupt)

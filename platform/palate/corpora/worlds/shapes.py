@@ -36,6 +36,8 @@ from palate.corpora.streams import CorpusError
 
 Array = NDArray[np.float64]
 Split = Literal["train", "validation", "test"]
+# Lists are for training, for testing, or examples of an annotator's taste, whose captions are those of validation.
+_CAPTIONS_OF: dict[str, Split] = {"train": "train", "examples": "validation", "test": "test"}
 
 SIDE = 16  # pixels of an image
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -130,7 +132,7 @@ class ShapesConfig:
     scenes: int = 8000  # captioned images, or pairs of images with --edits, to train a model from nothing
     pool: int = 48  # images of each caption that annotators rank
     lists: int = 3000  # ranked lists for training
-    examples: int = 16  # validation lists an annotator
+    examples: int = 16  # lists an annotator that show their taste
     tests: int = 8  # test lists an annotator
     lengths: tuple[int, ...] = (8,)  # images of a list, drawn uniformly from these
     groups: tuple[str, ...] = tuple(GROUPS)  # tastes that there are
@@ -374,7 +376,8 @@ class _World:
         rows: list[dict[str, Any]] = []
         for annotator, split in self._assignments():
             random = self._ranking
-            asked = self._asked[split][random.integers(len(self._asked[split]))]
+            captions = self._asked[_CAPTIONS_OF[split]]
+            asked = captions[random.integers(len(captions))]
             uids, features_NF = pools[asked]
             shown = random.choice(len(uids), size=self._length(), replace=False)
             liked = utilities(features_NF[shown], np.array([annotator.weights]))[:, 0]
@@ -413,23 +416,23 @@ class _World:
             return {"edits": pa.Table.from_pylist(rows, schema=EDITS)}
         return {"scenes": pa.Table.from_pylist(rows, schema=SCENES)}
 
-    def _assignments(self) -> Iterator[tuple[Annotator, Split]]:
+    def _assignments(self) -> Iterator[tuple[Annotator, str]]:
         """Who ranks for which split, a list each."""
         held_in = [annotator for annotator in self.annotators if not annotator.held_out]
         for number in range(self.config.lists):
             yield held_in[number % len(held_in)], "train"
         for annotator in self.annotators:
             for _ in range(self.config.examples):
-                yield annotator, "validation"
+                yield annotator, "examples"
             for _ in range(self.config.tests):
                 yield annotator, "test"
 
     def _length(self) -> int:
         return int(self._ranking.choice(self.config.lengths))
 
-    def _edit(self, split: Split) -> tuple[Scene, str, Scene]:
+    def _edit(self, split: str) -> tuple[Scene, str, Scene]:
         """A scene, an instruction and the scene so changed, whose caption is of the split."""
-        wanted = set(self._asked[split])
+        wanted = set(self._asked[_CAPTIONS_OF[split]])
         while True:
             source = draw_scene(ASKED[self._ranking.integers(len(ASKED))], self._ranking)
             instruction, target = instruct(source, self._ranking)
@@ -441,7 +444,7 @@ class _World:
         self.images[uid] = scene
         return uid
 
-    def _row(self, number: int, annotator: Annotator, split: Split, asked: Asked, uids: list[str]) -> dict[str, Any]:
+    def _row(self, number: int, annotator: Annotator, split: str, asked: Asked, uids: list[str]) -> dict[str, Any]:
         list_id = f"shapes-{number:06d}"
         edges = [
             {"winner": place, "loser": place + 1, "votes": 1.0, "source_ids": [list_id]}
