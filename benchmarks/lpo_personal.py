@@ -90,7 +90,7 @@ def settings(config: PersonalBenchmark, seed: int, kind: str) -> LpoConfig:
         seed=seed,
         encode=EncodeConfig(resolution=shapes.SIDE, latent_dtype="float32", encode_batch=256),
         learn=ObjectiveConfig(kl_beta=config.kl_beta),
-        weights=WeightsConfig(weights="full"),
+        weights=WeightsConfig() if personal else WeightsConfig(weights="full"),
         tune=TuneConfig(
             steps=config.personal_steps if personal else config.pooled_steps,
             learning_rate=config.personal_rate if personal else config.pooled_rate,
