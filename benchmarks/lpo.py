@@ -339,7 +339,7 @@ def peak(task: tuple[str, int], config: LpoBenchmark) -> float:
     form, length = task
     torch.set_num_threads(config.threads)
     bench = bench_of(config)
-    # One image cannot be ranked: the floor is one image denoised, reference's pass included.
+    # One image cannot be ranked: the floor is one image denoised.
     sample, learn = list_of(bench, max(2, length)), ObjectiveConfig(objective="lpo")
     if length == 1:
         sample, learn = list_of(bench, 1), ObjectiveConfig(objective="denoising")

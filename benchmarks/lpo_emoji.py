@@ -202,6 +202,8 @@ def main() -> None:
     if not artifacts.exists(f"{config.out}/ranked"):
         drawn, lists = ranked(config, base, rows)
         write_corpus(f"{config.out}/ranked", [*pictures, *drawn], lists, scene_table(scenes))
+    corpus = artifacts.open_artifact(f"{config.out}/ranked", RANKED_LISTS)
+    encode_lists(settings(config, corpus, "shared", model=base), "cpu")  # once, for all processes
     tasks = [(name, seed) for seed in config.seeds for name in ("base", *METHODS)]
     with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
         results = pool.map(partial(run, config=config, base=base), tasks)

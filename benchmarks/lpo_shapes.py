@@ -288,6 +288,17 @@ def write(file: Path, content: Any) -> None:
     part.replace(file)
 
 
+def settle(config: ShapesMatrix) -> None:
+    """Say in OUT what decides its cells, and refuse to go on with others there."""
+    aside = ("out", "only", "betas", "steps", "seeds", "workers")
+    decides = {name: value for name, value in configs.to_dict(config).items() if name not in aside}
+    file = Path(config.out) / "settings.json"
+    if file.exists() and (before := json.loads(file.read_text())) != decides:
+        other = {name: (before.get(name), value) for name, value in decides.items() if before.get(name) != value}
+        raise SystemExit(f"{config.out} holds cells of other settings, {other}: choose another --out")
+    write(file, decides)
+
+
 def table(config: ShapesMatrix) -> list[dict[str, Any]]:
     """A row a cell, over the seeds, with intervals over the test captions."""
     rows = []
@@ -358,6 +369,7 @@ def plot(rows: Sequence[dict[str, Any]], seen: float, file: Path) -> None:
 def main() -> None:
     config = configs.parse(ShapesMatrix, __doc__)
     torch.set_num_threads(1)
+    settle(config)
     if config.own:
         config = replace(config, corpus=own_lists(config))
     prepared(config)  # the encodings, once

@@ -1,5 +1,6 @@
 """A corpus of ranked lists from tables at hand, for benchmarks in which what a model drew is ranked."""
 
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,4 +47,5 @@ def write_corpus(
             (writer.folder / path).parent.mkdir(exist_ok=True)
             pq.write_table(table, writer.folder / path)
 
-    return artifacts.ensure(folder, produce, kind=RANKED_LISTS, config={path: t.num_rows for path, t in tables.items()})
+    contents = {path: hashlib.sha256(repr(table.to_pydict()).encode()).hexdigest() for path, table in tables.items()}
+    return artifacts.ensure(folder, produce, kind=RANKED_LISTS, config=contents)

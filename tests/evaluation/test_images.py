@@ -334,6 +334,7 @@ def test_what_does_not_go_together(world: Artifact, runs: dict[str, str], tmp_pa
     cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ArtifactMismatch, "only runs of one base model", {"run": (a, f"b={other}"), "corpus": world.url}),
         (ArtifactMismatch, "was tuned from weights", {"run": (f"r={replaced}",), "corpus": world.url}),
+        (ValueError, "a has 2, b has 3", {"run": (a, a, *[f"b={runs['a0']}"] * 3), "corpus": world.url}),
         (ValueError, "--run is missing", {"run": (), "corpus": world.url}),
         (ValueError, "not 'base'", {"run": (f"base={runs['a0']}",), "corpus": world.url}),
         (ValueError, "give --prompts, or --corpus", {"run": (a,)}),

@@ -123,3 +123,19 @@ def test_what_would_not_fit_is_refused_before_it_starts(tmp_path: Path) -> None:
     lists = toy_lists.lists(tmp_path / "lists", 4)
     with pytest.raises(ValueError, match=r"would take .* GiB, and 0\.0 GiB are allowed"):
         encode(lists, "shapes", str(tmp_path / "out"), EncodeConfig(resolution=16, max_disk_gb=1e-9))
+
+
+def test_only_so_much_is_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lists = toy_lists.lists(tmp_path / "lists", 24)
+    encode(lists, "shapes", str(tmp_path / "out"), CONFIG)
+    group = encoding.ROW_GROUP * 2 * 3 * 16 * 16 * 4  # bytes of mean and deviation in float32
+    uids = sorted({f"i{n}-{place}" for n in range(24) for place in range(2)})
+    for memory, reads in ((group, "many"), (100 * group, "each once")):
+        encoded = Encoded(str(tmp_path / "out"), memory=memory)
+        groups = {encoded._places["latents"][uid][:2] for uid in uids}
+        for _ in range(2):
+            for uid in uids:
+                encoded.latents(uid)
+        found = encoded._group["latents"].cache_info()  # type: ignore[attr-defined]
+        assert found.currsize <= memory // group
+        assert (found.misses == len(groups)) == (reads == "each once")

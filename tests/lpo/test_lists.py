@@ -135,6 +135,19 @@ def test_long_chains_become_windows_that_overlap_in_one_image():
     assert chains(built) == [list(range(8)), list(range(7, 15)), list(range(14, 21))]
 
 
+@pytest.mark.parametrize(
+    ("length", "chords", "most"), [(40, [(6, 8), (20, 22), (34, 36)], 8), (30, [(3, 6), (12, 15), (21, 24)], 3)]
+)
+def test_shortcuts_along_a_long_chain_are_covered(length, chords, most):
+    """The best path through what is left is cut far before its score says: every round must cover something."""
+    votes = [(0, i, i + 1) for i in range(length)] + [(0, *chord) for chord in chords]
+    built = build(votes_of(*votes), Rules(max_length=most))
+    assert fates(built) == ["kept"] * len(votes)
+    covered = {edge for _, _, _, edges in records(built) for edge in edges}
+    assert covered == {(winner, loser) for _, winner, loser in votes}
+    assert max(map(len, chains(built))) <= most
+
+
 def test_tie_groups_that_do_not_fit_together_are_cut():
     """Twelve images at thumbs up, two at thumbs down: every vote is kept and no list is too long."""
     up, down = range(12), (20, 21)

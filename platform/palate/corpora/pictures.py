@@ -2,11 +2,12 @@
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -77,17 +78,32 @@ def read_images(corpus: Artifact, uids: set[str]) -> dict[str, bytes]:
     Raises:
         CorpusError: one is not there.
     """
-    found: dict[str, bytes] = {}
+    return {row["image_uid"]: image_bytes(row) for rows in stored_images(corpus, uids, 64) for row in rows}
+
+
+def stored_images(corpus: Artifact, uids: set[str], batch: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows of ``IMAGES`` of these images, ``batch`` or fewer at once, so that no more of them are in memory.
+
+    Raises:
+        CorpusError: one is not there; after the others.
+    """
+    missing, kept = set(uids), []
     for path in corpus.paths("images/", ".parquet"):
-        filters = [("image_uid", "in", sorted(uids))]
-        rows = pq.read_table(corpus.local(path), schema=IMAGES, filters=filters).to_pylist()
-        found |= {row["image_uid"]: image_bytes(row) for row in rows}
-    if missing := sorted(uids - found.keys()):
+        with pq.ParquetFile(corpus.local(path)) as file:
+            for part in file.iter_batches(batch):
+                wanted = pc.is_in(part["image_uid"], pa.array(sorted(missing), pa.string()))
+                kept += part.filter(wanted).to_pylist()
+                missing.difference_update(row["image_uid"] for row in kept)
+                if len(kept) >= batch:
+                    yield kept[:batch]
+                    kept = kept[batch:]
+    if kept:
+        yield kept
+    if missing:
         raise CorpusError(
-            f"{corpus.url} lacks {len(missing)} images that it names, such as {missing[0]!r}: prepare it again, with "
+            f"{corpus.url} lacks {len(missing)} images that it names, such as {min(missing)!r}: prepare it again, with "
             "its images"
         )
-    return found
 
 
 class Gallery:

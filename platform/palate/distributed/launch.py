@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from palate import artifacts
 from palate.training.guards import TrainingStopped
-from palate.training.parallel import World, backend, run_local, run_torchrun
+from palate.training.parallel import WAIT_SECONDS, World, backend, run_local, run_torchrun
 
 Launcher = Literal["local", "torchrun", "ray"]
 Config = TypeVar("Config")
@@ -97,7 +97,7 @@ def run_ray(
         trainer = TorchTrainer(
             _work,
             train_loop_config={"worker": worker, "config": config, "cwd": os.getcwd()},  # noqa: PTH109
-            torch_config=TorchConfig(backend=backend("cuda" if use_gpu else "cpu")),
+            torch_config=TorchConfig(backend=backend("cuda" if use_gpu else "cpu"), timeout_s=WAIT_SECONDS),
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
             run_config=RunConfig(
                 # Ray silently resumes a run whose name it has seen; there is nothing of Ray's to resume.

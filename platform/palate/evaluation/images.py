@@ -319,7 +319,7 @@ def read_methods(given: Sequence[str]) -> list[Method]:
     """The runs of ``NAME=FOLDER``; without a name, the folder's.
 
     Raises:
-        ValueError: no run, or a name that cannot be a folder's.
+        ValueError: no run, a name that cannot be a folder's, or other numbers of runs.
         ArtifactMissing: a run is not finished.
     """
     found: dict[str, list[Artifact]] = {}
@@ -331,6 +331,10 @@ def read_methods(given: Sequence[str]) -> list[Method]:
         if not _NAME.fullmatch(name) or name == BASE:
             raise ValueError(f"--run {one}: expected NAME=FOLDER, the name of letters and digits and not {BASE!r}")
         found.setdefault(name, []).append(artifacts.open_artifact(join(folder, "tuned"), TUNED))
+    counts = {name: len(runs) for name, runs in found.items() if len(runs) > 1}
+    if len(set(counts.values())) > 1:
+        shown = ", ".join(f"{name} has {count}" for name, count in counts.items())
+        raise ValueError(f"--run: names with several runs need as many, and {shown}")
     if not found:
         raise ValueError("--run is missing: NAME=FOLDER of at least one run of jobs/lpo.py")
     return [Method(name, tuple(runs)) for name, runs in found.items()]

@@ -97,7 +97,8 @@ def two_pass_loss(
                     with replay.forward():
                         errors = _parts(errors_of(chunk))[0]
                     differences.append(((errors.detach() - before).abs() / before.abs().clamp(min=1e-12)).amax())
-                    torch.autograd.backward(errors, weight)
+                    if errors.requires_grad:  # not where nothing that is trained was used, as for nobody's images
+                        torch.autograd.backward(errors, weight)
             replay.check(torch.stack(differences))
 
         anchor = torch.zeros((), device=loss.device, requires_grad=True)

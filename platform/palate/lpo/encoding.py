@@ -132,14 +132,16 @@ def encode(
     if fresh:
         for folder in artifacts.folders(out):
             artifacts.discard(folder)
-    loaded = _loaded(model, config.encode_device) if isinstance(model, str) else model
+    # Where others encode, this process only asks what the model is: it needs no accelerator.
+    device = config.encode_device if runner is run_local or torch.cuda.is_available() else "cpu"
+    loaded = _loaded(model, device) if isinstance(model, str) else model
     identity = {"model": loaded.name, "weights": loaded.weights, **configs.identity(config)}
     index = artifacts.join(out, "index")
     if artifacts.finished(index, kind=ENCODED, config=identity, inputs={"lists": lists}) is None:
         encoding = _Encoding(lists, model, out, config, identity)
         shards = lists.paths("images/", ".parquet")
         captions = _captions(lists)
-        shapes, summary = encoding.plan(shards, captions)
+        shapes, summary = encoding.plan(shards, captions, loaded)
         parts = [captions[start : start + CAPTIONS] for start in range(0, len(captions), CAPTIONS)]
         runner(Step("encode images", encoding.images, list(enumerate(shards))))
         runner(Step("encode captions", encoding.captions, list(enumerate(parts))))
@@ -161,11 +163,13 @@ class _Encoding:
     config: EncodeConfig
     identity: Mapping[str, Any]
 
-    def plan(self, shards: Sequence[str], captions: Sequence[str]) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    def plan(
+        self, shards: Sequence[str], captions: Sequence[str], loaded: LoadedDiffusion
+    ) -> tuple[dict[str, list[int]], dict[str, Any]]:
         """The shapes of what is stored, and its extent, which is printed and must fit on the disk."""
         config = self.config
         images = sum(pq.read_metadata(self.lists.local(path)).num_rows for path in shards)
-        shapes = _shapes(self.encoders(), config)
+        shapes = _shapes(loaded, config)
         sizes = {name: np.dtype(config.latent_dtype).itemsize * int(np.prod(shape)) for name, shape in shapes.items()}
         needed = 2 * images * sizes.pop("latents") + len(captions) * sum(sizes.values())
         print(f"encoding {images} images and {len(captions)} captions: {needed / 2**30:.2f} GiB", flush=True)
@@ -301,19 +305,24 @@ class Encoded:
     """Random access to what ``encode`` made. Row groups are read when needed; the last ones are kept.
 
     Args:
-        keep: row groups in memory, of 8 images or captions each.
+        memory: bytes of latents that are kept, and as many of texts.
 
     Raises:
         ArtifactMissing: the encoding is not finished.
     """
 
-    def __init__(self, url: str, keep: int = 4096) -> None:
+    def __init__(self, url: str, memory: int = 1 << 30) -> None:
         self.url, self.artifact = url, artifacts.open_artifact(artifacts.join(url, "index"), ENCODED)
         settings = self.artifact.read_json("shapes.json")
         self._dtype, self.resolution = np.dtype(settings["dtype"]), int(settings["resolution"])
         self._shapes = {name: tuple(settings[name]) for name in ("latents", "text", "pooled") if name in settings}
         self._places = {name: self._index(name, key) for name, key in (("latents", "image_uid"), ("texts", "caption"))}
-        self._group: Callable[[str, int], list[dict[str, Any]]] = lru_cache(maxsize=keep)(self._read_group)
+        values = {name: int(np.prod(shape)) for name, shape in self._shapes.items()}
+        rows = {"latents": 2 * values["latents"], "texts": values["text"] + values.get("pooled", 0)}
+        self._group: dict[str, Callable[[str, int], list[dict[str, Any]]]] = {
+            name: lru_cache(maxsize=max(1, memory // (ROW_GROUP * count * self._dtype.itemsize)))(self._read_group)
+            for name, count in rows.items()
+        }
         # Open files, as reading one's footer takes longer than a row group.
         self._file: Callable[[str], pq.ParquetFile] = lru_cache(maxsize=64)(pq.ParquetFile)
 
@@ -348,7 +357,7 @@ class Encoded:
         if place is None:
             raise KeyError(f"{json.dumps(key)[:80]} is not among the {folder} of {self.url}")
         path, group, row = place
-        return self._group(path, group)[row]
+        return self._group[folder](path, group)[row]
 
     def _read_group(self, path: str, group: int) -> list[dict[str, Any]]:
         return list(self._file(path).read_row_group(group).to_pylist())

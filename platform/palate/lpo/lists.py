@@ -351,13 +351,15 @@ def _cover(edges: list[tuple[int, int]], members: Members, limit: int) -> Pieces
         unit = len(order) + 1
         through = [(heads[a] + tails[b] + 1 + unit, a, b) for a, b in uncovered]
         through.sort(key=lambda one: (-one[0], place[one[1]], place[one[2]]))
+        first = True  # taken whatever it covers, so that every round covers something
         for score, winner, loser in through:
             if (winner, loser) not in uncovered:
                 continue
             path = [*reversed(_chain(winner, preceding, above, limit)), *_chain(loser, following, uncovered, limit)]
             fresh = [index for index in range(len(path) - 1) if (path[index], path[index + 1]) in uncovered]
-            if len(fresh) < min(score // unit, limit) / 2:
+            if not first and len(fresh) < min(score // unit, limit) / 2:
                 continue
+            first = False
             for window in _windows(path, fresh[0], fresh[-1] + 1, members, limit):
                 covered = {(a, b) for i, a in enumerate(window) for b in window[i + 1 :]} & uncovered
                 if covered:

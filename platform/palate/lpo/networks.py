@@ -1,6 +1,7 @@
 """What of a base model is tuned, and what it is compared with: LoRA or all weights; adapter off, a copy, or a LoRA."""
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -96,6 +97,15 @@ def tuned(
                 parameter.requires_grad_(True)
 
     return named, reference_of_adapter
+
+
+def lora_digest(path: str) -> str | None:
+    """The SHA-256 of a local LoRA's safetensors files; None of a hub id, which names its weights."""
+    file = Path(path)
+    files = [file] if file.is_file() else sorted(file.glob("*.safetensors"))
+    if not files:
+        return None
+    return hashlib.sha256(b"".join(hashlib.sha256(one.read_bytes()).digest() for one in files)).hexdigest()
 
 
 def load_lora(loaded: LoadedDiffusion, path: str, name: str) -> None:

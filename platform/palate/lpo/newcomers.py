@@ -39,8 +39,10 @@ def add_people(config: NewcomersConfig) -> Artifact:
 
     Raises:
         ArtifactMismatch: the run was not made with --personal examples, or --out holds something else.
-        ValueError: the lists name no person.
+        ValueError: the lists name no person, or --out is the run itself.
     """
+    if artifacts.locate(config.run)[1].rstrip("/") == artifacts.locate(config.out)[1].rstrip("/"):
+        raise ValueError(f"--out {config.out} is the run itself, which is not changed: give another folder")
     run = artifacts.open_artifact(join(config.run, "tuned"), TUNED)
     if f"person/{TASTE}" not in run.paths("person/"):
         raise ArtifactMismatch(f"{config.run} has no {TASTE}: people are added to runs with --personal examples")

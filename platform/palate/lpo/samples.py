@@ -23,7 +23,7 @@ from palate.artifacts import Artifact
 from palate.config import require, require_at_least, require_shares
 from palate.corpora.schema import LISTS
 from palate.lpo.denoising import Conditioning, NoiseSchedule, draw_timesteps
-from palate.lpo.encoding import Encoded, Latents
+from palate.lpo.encoding import Encoded, Latents, Text
 from palate.training.stream import CorruptSample
 
 log = logging.getLogger(__name__)
@@ -101,6 +101,7 @@ class Drawing:
         scaling: ``(shift, factor)``: what the network sees is ``(latent - shift) * factor``.
         editing: images are edits of a source image, by an instruction.
         sized: the network is told sizes and crops (SDXL).
+        zero_prompt: a dropped prompt is zeros, as the pipeline's guidance has it (SDXL), and no empty text.
         users: people with an embedding; None where the network knows none.
     """
 
@@ -110,6 +111,7 @@ class Drawing:
     scaling: tuple[float, float]
     editing: bool = False
     sized: bool = False
+    zero_prompt: bool = False
     users: Users | None = None
 
     def sample(self, row: Mapping[str, Any], seed: int) -> ListSample:
@@ -141,6 +143,8 @@ class Drawing:
             share = config.source_dropout
             without_text, without_source = image < 2 * share, share <= image < 3 * share
         text = self.encoded.text("" if without_text else row["instruction"] if self.editing else row["caption"])
+        if without_text and self.zero_prompt:
+            text = Text(*(None if one is None else torch.zeros_like(one) for one in text))
         given = Conditioning(
             text_NLD=text.text.expand(count, *text.text.shape),
             pooled_NP=None if text.pooled is None else text.pooled.expand(count, -1),
@@ -169,7 +173,8 @@ class Drawing:
 class ListSource:
     """Records of ``LISTS`` as a source of the exact stream; ``digest`` says which they are."""
 
-    def __init__(self, name: str, table: pa.Table, digest: str, drawing: Drawing) -> None:
+    def __init__(self, name: str, table: pa.Table, digest: str, drawing: Drawing, left_out: int = 0) -> None:
+        self.left_out = left_out  # lists, for want of an image
         self.name, self._table, self._drawing = name, table, drawing
         self._ids = table["list_id"].to_pylist()
         self.fingerprint = hashlib.sha256("\n".join([digest, *self._ids]).encode()).hexdigest()[:16]
@@ -230,8 +235,9 @@ def list_source(lists: Artifact, split: str, drawing: Drawing, only_users: froze
     table = read_lists(lists, split, only_users)
     if not table.num_rows:
         raise ValueError(f"{lists.url} has no list in split {split!r}: look at its report.json, or prepare more data")
-    table = _with_images(table, drawing, f"lists of {lists.url} in split {split!r}")
-    return ListSource(f"lists-{split}", table, f"{lists.digest} {split}", drawing)
+    found = _with_images(table, drawing, f"lists of {lists.url} in split {split!r}")
+    left_out = table.num_rows - found.num_rows
+    return ListSource(f"lists-{split}", found, f"{lists.digest} {split}", drawing, left_out)
 
 
 def image_source(corpus: Artifact, split: str, drawing: Drawing) -> ListSource:

@@ -32,7 +32,7 @@ from palate.corpora.schema import RANKED_LISTS
 from palate.lpo import personal, sampling
 from palate.lpo.denoising import noise_schedule
 from palate.lpo.encoding import EncodeConfig, Encoded, encode, square
-from palate.lpo.networks import TRAINED, WeightsConfig, tuned
+from palate.lpo.networks import TRAINED, WeightsConfig, lora_digest, tuned
 from palate.lpo.reference import precomputed
 from palate.lpo.samples import DrawConfig, Drawing, Users, image_source, list_source, read_lists
 from palate.lpo.sampling import SampleConfig
@@ -151,7 +151,7 @@ def pipeline(config: LpoConfig, world: World) -> Artifact:
     lists = artifacts.open_artifact(config.lists, RANKED_LISTS)
     out = join(config.out, "tuned")
     loaded = load_diffusion(config.model, device=str(world.device))
-    described = {**identity(config), "base_weights": loaded.weights}
+    described = {**identity(config), **_identity(config, loaded)}
     again = _differs_in_pictures(out, described)
     if not again and (found := artifacts.finished(out, kind=TUNED, config=described, inputs={"lists": lists})):
         return found
@@ -182,6 +182,17 @@ def _check(config: LpoConfig) -> None:
             f"--personal {config.personal.personal} trains the branch that reads people's vectors, and nothing else: "
             "leave out --weights, --rank, --alpha, --targets, --start-lora, --reference-lora, --gradient-checkpointing"
         )
+
+
+def _identity(config: LpoConfig, loaded: LoadedDiffusion) -> dict[str, Any]:
+    """What decides a run beside its settings: the weights behind names, and whose gradients the safeguard weighs."""
+    found: dict[str, Any] = {"base_weights": loaded.weights}
+    for name in ("start_lora", "reference_lora"):
+        if path := getattr(config.weights, name):
+            found[f"{name}_weights"] = lora_digest(path)
+    if config.learn.safeguard_mu is not None:
+        found["safeguard_by"] = "parameters" if config.tune.caching == "one-pass" else "predictions"
+    return found
 
 
 def _differs_in_pictures(out: str, described: Mapping[str, Any]) -> bool:
@@ -247,9 +258,9 @@ class _Run:
             )
         return personal.new_people(sorted(found), chosen.width, self.config.seed)
 
-    def drawing(self) -> Drawing:
+    def drawing(self, config: DrawConfig) -> Drawing:
         users = Users(self.people.places) if self.people else None
-        return drawing_of(self.loaded, self.encoded, self.config.draw, users)
+        return drawing_of(self.loaded, self.encoded, config, users)
 
     def tune(self) -> TrainingSummary:
         """Train, and leave the tuned weights in the loaded pipeline."""
@@ -275,12 +286,14 @@ class _Run:
             denoiser = Denoiser(network, self.loaded.family, self.schedule, reference)
         network.train()
         described = {name: value for name, value in identity(config).items() if name not in ("sample", "grid")}
-        described["base_weights"] = self.loaded.weights
+        described |= _identity(config, self.loaded)
         self.denoiser = denoiser
-        source = (image_source if config.train_on == "images" else list_source)(self.lists, "train", self.drawing())
+        source_of = image_source if config.train_on == "images" else list_source
+        source = source_of(self.lists, "train", self.drawing(config.draw))
+        self.left_out = source.left_out
         if config.draw.fixed_draws and config.learn.objective not in ("sft", "denoising"):
-            kept = ("model", "base_weights", "weights", "draw", "personal", "seed", "encode")
-            what = {name: described[name] for name in kept}
+            kept = ("model", "weights", "draw", "personal", "seed", "encode")
+            what = {name: described[name] for name in kept} | _identity(config, self.loaded)
             what["precision"] = config.tune.precision
             source = precomputed(denoiser, source, config.tune, join(config.out, "reference"), self.world, what)
         summary = tune(
@@ -303,10 +316,16 @@ class _Run:
     def write(self, writer: Writer, summary: TrainingSummary) -> None:
         """The tuned weights, how they do on held-out lists, a grid and a model card."""
         report: dict[str, float] = {}
+        examples = self.config.personal.examples_split if self.config.personal.personal == "examples" else None
+        whole = DrawConfig(prompt_dropout=0, source_dropout=0, user_dropout=0)
         for split in ("validation", "test"):
-            if read_lists(self.lists, split).num_rows:
+            # Lists that people's vectors are made of say nothing of what is held out.
+            if split != examples and read_lists(self.lists, split).num_rows:
                 measured = measure(
-                    self.denoiser, list_source(self.lists, split, self.drawing()), self.config.learn, self.config.tune
+                    self.denoiser,
+                    list_source(self.lists, split, self.drawing(whole)),
+                    self.config.learn,
+                    self.config.tune,
                 )
                 report |= {f"{split}/{name}": value for name, value in measured.items()}
         pipeline = self.loaded.pipeline
@@ -329,6 +348,7 @@ class _Run:
             self._grid().save(writer.folder / "grid.png")
         card = model_card(self.config, self.lists, report)
         report |= {"seconds": summary.seconds, "unreadable_lists": float(summary.corrupt)}
+        report["lists_without_images"] = float(self.left_out)
         writer.write_json("report.json", report)
         (writer.folder / "README.md").write_text(card)
         writer.summary.update(report)
@@ -419,6 +439,7 @@ def drawing_of(loaded: LoadedDiffusion, encoded: Encoded, config: DrawConfig, us
         scaling=(float(vae.get("shift_factor") or 0.0), float(vae.get("scaling_factor") or 1.0)),
         editing=loaded.family == "ip2p",
         sized=loaded.family == "sdxl",
+        zero_prompt=bool(loaded.pipeline.config.get("force_zeros_for_empty_prompt")),
         users=users,
     )
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from palate import progress
 from palate.artifacts import Artifact
-from palate.corpora.pictures import decode_image, read_images
+from palate.corpora.pictures import read_image, stored_images
 from palate.lpo.personal import People, save_people
 from palate.lpo.samples import read_lists
 from palate.models.image_features import Features
@@ -106,11 +106,8 @@ def load_measure(folder: Path) -> tuple[Array, float]:
 
 
 def _features_of(lists: Artifact, uids: set[str], features: Features) -> dict[str, Array]:
-    contents = read_images(lists, uids)
-    names = sorted(uids)
     found: dict[str, Array] = {}
-    for start in progress.track(range(0, len(names), _BATCH), "features of examples"):
-        some = names[start : start + _BATCH]
-        rows = features([decode_image(contents[uid]) for uid in some])
-        found |= dict(zip(some, rows, strict=True))
+    for rows in progress.track(stored_images(lists, uids, _BATCH), "features of examples", -(-len(uids) // _BATCH)):
+        made = features([read_image(row) for row in rows])
+        found |= dict(zip((row["image_uid"] for row in rows), made, strict=True))
     return found

@@ -211,7 +211,9 @@ def list_losses(
         scores_BM,
         pairs_of(order_BMM, uniform_B, config),
         reduction=config.reduction,
-        pair_weights_BMM=orders.support_BMM.clamp(min=1) if config.support_weights else None,
+        pair_weights_BMM=(
+            torch.where(orders.support_BMM > 0, orders.support_BMM, 1.0) if config.support_weights else None
+        ),
         label_smoothing=config.label_smoothing,
     )
 
@@ -400,9 +402,10 @@ def reference_errors(denoiser: Denoiser, images: Images, spans: Sequence[slice])
 def signals(
     errors_N: Tensor, reference_N: Tensor, index_N: Tensor, scored_BM: Tensor, orders: Orders, timesteps: int
 ) -> dict[str, tuple[Tensor | float, Tensor | float]]:
-    """What tells progress, as (sum, weight): the implicit pair accuracy (ties half; also by timestep and by length),
-    the share of lists whose preferred image has the highest score, Kendall's tau over the pairs that are ordered, and
-    how far the errors of winners and losers are from the reference's."""
+    """What tells progress, as (sum, weight): the implicit pair accuracy (ties half), the share of lists whose preferred
+    image has the highest score, Kendall's tau over the pairs that are ordered, and how far the errors of winners and
+    losers are from the reference's. Each by length (``/m``) as well, and what is of single images or pairs by timestep
+    (``/t``)."""
     gain_BM = objectives.to_lists(reference_N - errors_N, scored_BM)
     order_BMM = orders.order_BMM & scored_BM[:, :, None] & scored_BM[:, None, :]
     gaps_BMM = gain_BM[:, :, None] - gain_BM[:, None, :]
@@ -411,13 +414,12 @@ def signals(
     winners_BM, losers_BM = order_BMM.any(2) & ~order_BMM.any(1), order_BMM.any(1) & ~order_BMM.any(2)
     best_BM = scored_BM & (gain_BM == gain_BM.masked_fill(~scored_BM, -torch.inf).amax(1, keepdim=True))
     ordered_B = pairs_B > 0
+    top1_B = (best_BM & winners_BM).sum(1) / best_BM.sum(1).clamp(min=1)
+    tau_B = 2 * right_B / pairs_B.clamp(min=1) - 1
     found: dict[str, tuple[Tensor | float, Tensor | float]] = {
         "pair_accuracy": (right_B.sum(), pairs_B.sum()),
-        "top1_accuracy": (
-            ((best_BM & winners_BM).sum(1) / best_BM.sum(1).clamp(min=1))[ordered_B].sum(),
-            ordered_B.sum().float(),
-        ),
-        "kendall_tau": ((2 * right_B / pairs_B.clamp(min=1) - 1)[ordered_B].sum(), ordered_B.sum().float()),
+        "top1_accuracy": (top1_B[ordered_B].sum(), ordered_B.sum().float()),
+        "kendall_tau": (tau_B[ordered_B].sum(), ordered_B.sum().float()),
         "winner_error": (-gain_BM[winners_BM].sum(), winners_BM.sum().float()),
         "loser_error": (-gain_BM[losers_BM].sum(), losers_BM.sum().float()),
     }
@@ -426,10 +428,18 @@ def signals(
         # A pair belongs to its winner's timestep; in lists that share one it is the pair's.
         inside_BMM = order_BMM & (bins_BM == number)[:, :, None]
         found[f"pair_accuracy/t{number}"] = (right_BMM[inside_BMM].sum(), inside_BMM.sum().float())
+        for name, chosen_BM in (("winner_error", winners_BM), ("loser_error", losers_BM)):
+            here_BM = chosen_BM & (bins_BM == number)
+            found[f"{name}/t{number}"] = (-gain_BM[here_BM].sum(), here_BM.sum().float())
     lengths_B = orders.mask_BM.sum(1)
     for length in sorted(set(lengths_B.tolist())):
         chosen_B = lengths_B == length
         found[f"pair_accuracy/m{length}"] = (right_B[chosen_B].sum(), pairs_B[chosen_B].sum())
+        found[f"kendall_tau/m{length}"] = (tau_B[chosen_B & ordered_B].sum(), (chosen_B & ordered_B).sum().float())
+        found[f"top1_accuracy/m{length}"] = (top1_B[chosen_B & ordered_B].sum(), (chosen_B & ordered_B).sum().float())
+        for name, places_BM in (("winner_error", winners_BM), ("loser_error", losers_BM)):
+            here_BM = places_BM & chosen_B[:, None]
+            found[f"{name}/m{length}"] = (-gain_BM[here_BM].sum(), here_BM.sum().float())
     return found
 
 

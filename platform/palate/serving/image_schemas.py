@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 from palate.serving.schemas import MAX_SEED, Number, Text
 
+MOST_HEADER_BYTES = 2048  # of a part of a form
 MOST_PARTS = 64  # of a form
 _PLAIN = re.compile(r"true|false|-?(0|[1-9][0-9]{0,29})(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,2})?")  # as JSON writes them
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -106,7 +107,8 @@ def read_form(content_type: str, body: bytes) -> tuple[dict[str, str], dict[str,
     """Fields by name, and the files of each name, of a ``multipart/form-data`` body (RFC 7578).
 
     Raises:
-        FormError: it is something else, cut off, has more than ``MOST_PARTS`` parts, or a field twice.
+        FormError: it is something else, cut off, has more than ``MOST_PARTS`` parts, headers that are too long, or a
+            field twice.
     """
     head = Message()
     head["Content-Type"] = content_type
@@ -121,6 +123,8 @@ def read_form(content_type: str, body: bytes) -> tuple[dict[str, str], dict[str,
     files: dict[str, list[bytes]] = {}
     for part in parts:
         lines, found, content = part.partition(b"\r\n\r\n")
+        if len(lines) > MOST_HEADER_BYTES:  # the parser's time grows with their square
+            raise FormError(f"the headers of a part of the form have more than {MOST_HEADER_BYTES} bytes")
         described = BytesHeaderParser().parsebytes(lines.strip() + b"\r\n\r\n")
         name = described.get_param("name", header="Content-Disposition")
         if not found or not name:

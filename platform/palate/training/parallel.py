@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Precision = Literal["fp32", "bf16"]
+WAIT_SECONDS = 24 * 3600  # that ranks wait for one another: one may encode or write while the others do nothing
 Config = TypeVar("Config")
 Result = TypeVar("Result")
 
@@ -115,6 +117,7 @@ def run_torchrun(
 @contextmanager
 def process_group(**keywords: Any) -> Iterator[None]:
     """Join the process group of the environment, or the one that ``keywords`` of ``init_process_group`` describe."""
+    keywords = {"timeout": timedelta(seconds=WAIT_SECONDS), **keywords}
     dist.init_process_group(backend("cuda" if torch.cuda.is_available() else "cpu"), **keywords)
     try:
         yield
