@@ -144,7 +144,7 @@ class Drawing:
             without_text, without_source = image < 2 * share, share <= image < 3 * share
         text = self.encoded.text("" if without_text else row["instruction"] if self.editing else row["caption"])
         if without_text and self.zero_prompt:
-            text = Text(*(None if one is None else torch.zeros_like(one) for one in text))
+            text = Text(torch.zeros_like(text.text), None if text.pooled is None else torch.zeros_like(text.pooled))
         given = Conditioning(
             text_NLD=text.text.expand(count, *text.text.shape),
             pooled_NP=None if text.pooled is None else text.pooled.expand(count, -1),
