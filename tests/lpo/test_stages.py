@@ -18,13 +18,13 @@ import toy_lists
 from palate import artifacts
 from palate.artifacts import Artifact
 from palate.config import from_dict
-from palate.lpo.encoding import EncodeConfig
+from palate.lpo.encoding import EncodeConfig, encode
 from palate.lpo.networks import WeightsConfig
 from palate.lpo.newcomers import NewcomersConfig, add_people
 from palate.lpo.personal import load_branch, load_people, set_people
 from palate.lpo.samples import DrawConfig
 from palate.lpo.sampling import SampleConfig, generate
-from palate.lpo.stages import LpoConfig, PersonalConfig, check_base, pipeline, start_over
+from palate.lpo.stages import LpoConfig, PersonalConfig, check_base, drawing_of, pipeline, start_over
 from palate.lpo.taste import taste_vectors
 from palate.lpo.training import ObjectiveConfig, TuneConfig
 from palate.models.diffusion import load_diffusion
@@ -338,3 +338,21 @@ def test_images_do_not_depend_on_the_batch() -> None:
         difference = torch.tensor(list(one.tobytes())).int() - torch.tensor(list(other.tobytes())).int()
         assert difference.abs().max() <= 1
     assert together[0].tobytes() != together[3].tobytes()
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_dropped_prompt_is_what_guidance_takes_in_its_place(kind: str, tmp_path: Path) -> None:
+    """Of diffusers' pipelines: the empty text with Stable Diffusion, zeros with SDXL."""
+    loaded: Any = load_diffusion(str(tiny_diffusion.save_tiny(kind, tmp_path / "model")))
+    lists = toy_lists.lists(tmp_path / "lists", count=6)
+    encoded = encode(lists, loaded, str(tmp_path / "encoded"), EncodeConfig(resolution=16, latent_dtype="float32"))
+    drawing = drawing_of(loaded, encoded, DrawConfig(prompt_dropout=1.0))
+    given = drawing.sample(toy_lists.row(0, 2), seed=0).given
+    if kind == "sd":
+        _, text = loaded.pipeline.encode_prompt("a", "cpu", 1, True)
+        assert given.pooled_NP is None
+    else:
+        _, text, _, pooled = loaded.pipeline.encode_prompt("a", device="cpu", do_classifier_free_guidance=True)
+        torch.testing.assert_close(given.pooled_NP, pooled.expand(2, -1))
+        assert not given.text_NLD.any()
+    torch.testing.assert_close(given.text_NLD, text.expand(2, -1, -1), rtol=1e-5, atol=1e-5)
