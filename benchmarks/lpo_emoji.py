@@ -1,11 +1,12 @@
 """Diffusion-LPO and its comparators on real images, small: do the signs agree with what ``shapes`` says?
 
-    python benchmarks/lpo_emoji.py --emoji emoji-64.parquet --out benchmarks/out/lpo_emoji
+    git clone https://github.com/googlefonts/noto-emoji
+    python benchmarks/lpo_emoji.py --emoji noto-emoji/png/128 --out benchmarks/out/lpo_emoji
 
-EMOJI has columns key, caption and image (PNG), one emoji a row: Noto emoji (Apache-2.0) and their Unicode names. A base
-is trained from nothing on those of 80% of the base code points. For captions of these it draws lists of images, which
-are ranked by a scorer stated in advance, colourfulness (Hasler and Suesstrunk, 2003). Each method learns from these
-lists and is compared with the base at the same noise, on captions of the other code points:
+Noto emoji (Apache-2.0) with their Unicode names as captions; or a Parquet file with columns key, caption and image. A
+base is trained from nothing on those of 80% of the base code points. For captions of these it draws lists of images,
+which are ranked by a scorer stated in advance, colourfulness (Hasler and Suesstrunk, 2003). Each method learns from
+these lists and is compared with the base at the same noise, on captions of the other code points:
 
     win rate    share of captions and noises at which the tuned image is more colourful, ties half
     drift       denoising error on the real emoji of these code points, relative to the base's, less 1
@@ -15,6 +16,7 @@ The base is far from good, and one scorer is no person: this checks signs, and n
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -66,7 +68,7 @@ class EmojiBenchmark:
     """What to measure; see the module's text."""
 
     emoji: str
-    """Parquet file of captioned emoji."""
+    """Folder of Noto's PNG files, or a Parquet file of captioned emoji."""
     out: str = scale("benchmarks/out/lpo_emoji")
     """Base, lists, runs and the table."""
     base_steps: int = 6000
@@ -88,6 +90,25 @@ class EmojiBenchmark:
     sample: SampleConfig = field(default_factory=partial(SampleConfig, sampler_steps=20, guidance=2.0, batch=100))
     workers: int = scale(2)
     """Processes, of one thread each."""
+
+
+def read_emoji(place: str) -> list[dict[str, Any]]:
+    """Key, caption and image of each emoji. Of Noto's files those of up to three code points, without flags and with
+    one skin tone."""
+    if not Path(place).is_dir():
+        return list(pq.read_table(place).to_pylist())
+    rows = []
+    for file in sorted(Path(place).glob("emoji_u*.png")):
+        codes = [int(code, 16) for code in file.stem.removeprefix("emoji_u").split("_")]
+        flags, tones = range(0x1F1E6, 0x1F200), {0x1F3FB, 0x1F3FC, 0x1F3FE, 0x1F3FF}
+        if len(codes) <= 3 and not any(code in flags or code in tones for code in codes):
+            rows.append({"key": file.stem, "caption": caption_of(codes), "image": file.read_bytes()})
+    return rows
+
+
+def caption_of(codes: Sequence[int]) -> str:
+    """The Unicode names of code points, but for the joiner that makes one image of several."""
+    return " with ".join(unicodedata.name(chr(code), "").lower() for code in codes if code != 0x200D)
 
 
 def split_of(key: str) -> str:
@@ -114,7 +135,7 @@ def settings(config: EmojiBenchmark, corpus: Artifact, out: str, **changes: Any)
 
 def base_of(config: EmojiBenchmark) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """The trained base, the emoji with their splits, their images and their scenes."""
-    rows = pq.read_table(config.emoji).to_pylist()
+    rows = read_emoji(config.emoji)
     for row in rows:
         row["split"] = split_of(row["key"])
     small = [decode_image(row["image"]).resize((SIDE, SIDE), Image.Resampling.BOX) for row in rows]

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageOps
 
 from palate.artifacts import Artifact, is_local, locate
 from palate.corpora.rankings import SUFFIXES, Found
@@ -46,16 +46,24 @@ def image_bytes(row: Mapping[str, Any]) -> bytes:
 
 
 def decode_image(content: bytes) -> Image.Image:
-    """An encoded image in RGB.
+    """An encoded image as people see it: upright, in RGB, over white where it is transparent.
 
     Raises:
         ValueError: the bytes are no image that can be decoded whole.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
+            return as_seen(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"not an image that can be decoded: {error}") from None
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """An open image, turned as its EXIF data says, in RGB, over white where it is transparent."""
+    turned = ImageOps.exif_transpose(image)
+    if turned.has_transparency_data:
+        turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned.convert("RGBA"))
+    return turned.convert("RGB")
 
 
 def read_image(row: Mapping[str, Any]) -> Image.Image:

@@ -14,9 +14,10 @@ from email.parser import BytesHeaderParser
 from email.utils import collapse_rfc2231_value
 from typing import Annotated, Any, ClassVar, Literal
 
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
+from palate.corpora.pictures import as_seen
 from palate.serving.schemas import MAX_SEED, Number, Text
 
 MOST_HEADER_BYTES = 2048  # of a part of a form
@@ -170,11 +171,7 @@ def read_upload(content: bytes, most_pixels: int) -> Image.Image:
                 raise FormError(
                     f"the image has {width}x{height} pixels: at most {most_pixels} pixels are read", "image"
                 )
-            image = ImageOps.exif_transpose(opened)
-            if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            return image.convert("RGB")
+            return as_seen(opened)
     except FormError:
         raise
     except Exception as error:  # decoders raise all kinds of it on damaged files

@@ -1,0 +1,28 @@
+"""Images as people see them."""
+
+import io
+
+import pytest
+from PIL import Image
+
+from palate.corpora.pictures import decode_image
+
+
+def test_images_are_decoded_as_people_see_them() -> None:
+    """Upright by their EXIF orientation, and over white where they are transparent, whatever lies beneath."""
+    stream = io.BytesIO()
+    two = Image.new("RGB", (2, 1), "red")
+    two.putpixel((1, 0), (0, 0, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    two.save(stream, "PNG", exif=exif)
+    turned = decode_image(stream.getvalue())
+    assert turned.size == (1, 2)
+    assert [turned.getpixel((0, y)) for y in (0, 1)] == [(255, 0, 0), (0, 0, 255)]
+    for mode, colour in (("RGBA", (200, 0, 0, 0)), ("LA", (20, 0))):
+        stream = io.BytesIO()
+        Image.new(mode, (4, 4), colour).save(stream, "PNG")
+        seen = decode_image(stream.getvalue())
+        assert (seen.mode, seen.getpixel((1, 1))) == ("RGB", (255, 255, 255))
+    with pytest.raises(ValueError, match="not an image"):
+        decode_image(b"\x89PNG")
