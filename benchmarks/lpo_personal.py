@@ -198,9 +198,8 @@ def main() -> None:
     print("| people | images | over | win rate | gain | comparisons |\n|---|---|---|--:|--:|--:|")
     for row in rows:
         win_rate = f"{row['win']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-        print(
-            f"| {row['people']} ({row['n']}) | {row['ours']} | {row['theirs']} | {win_rate} | {row['gain']:+.3f} | {row['comparisons']} |"
-        )
+        what = f"{row['people']} ({row['n']}) | {row['ours']} | {row['theirs']}"
+        print(f"| {what} | {win_rate} | {row['gain']:+.3f} | {row['comparisons']} |")
     errors = {name: [r["errors"][name] for r in done.values() if name in r["errors"]] for name in seen}
     drift = {name: float(np.mean(np.divide(found, errors["base"]) - 1)) for name, found in errors.items()}
     print("\nseen:", ", ".join(f"{name} {value:.3f}" for name, value in seen.items()))
