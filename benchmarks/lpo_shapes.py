@@ -38,7 +38,7 @@ from palate.config import scale
 from palate.corpora.pictures import decode_image, read_images
 from palate.corpora.schema import LISTS, RANKED_LISTS
 from palate.corpora.worlds import shapes
-from palate.evaluation.statistics import estimate
+from palate.evaluation.images import crossed, win_rate, wins
 from palate.lpo.encoding import EncodeConfig, Encoded, encode
 from palate.lpo.networks import WeightsConfig, tuned
 from palate.lpo.samples import DrawConfig, Drawing, ListSource, image_source, read_lists
@@ -300,26 +300,25 @@ def settle(config: ShapesMatrix) -> None:
 
 
 def table(config: ShapesMatrix) -> list[dict[str, Any]]:
-    """A row a cell, over the seeds, with intervals over the test captions."""
+    """A row a cell; intervals are over the test captions and, independently, the seeds of the training."""
     rows = []
     bases = {seed: json.loads(cell_file(config, "base", 0, 0, seed).read_text()) for seed in config.seeds}
     for name, beta in pairs(config):
         for steps in config.steps:
-            wins, captions, seen, drifts, distances = [], [], [], [], []
+            won, captions, seen, drifts, distances = [], [], [], [], []
             for seed in config.seeds:
                 file = cell_file(config, name, beta, steps, seed)
                 if not file.exists():
                     continue
                 cell, base = json.loads(file.read_text()), bases[seed]
-                gap = np.array(cell["utilities"]) - np.array(base["utilities"])
-                wins += ((np.sign(gap) + 1) / 2).tolist()
-                captions += base["captions"]
+                won.append(wins(np.array([cell["utilities"]]), np.array([base["utilities"]]))[0])
+                captions = base["captions"]  # the same at every seed
                 seen += cell["seen"]
                 drifts.append(cell["error"] / base["error"] - 1)
                 if "distance" in cell:
                     distances.append(cell["distance"])
-            if wins:
-                win = estimate(wins, captions)
+            if won:
+                win = win_rate(np.stack(won), units_of(captions))
                 rows.append(
                     {
                         "method": name,
@@ -331,12 +330,33 @@ def table(config: ShapesMatrix) -> list[dict[str, Any]]:
                         "drift": float(np.mean(drifts)),
                         "drift_spread": float(np.std(drifts)),
                         "seen": float(np.mean(seen)),
-                        "comparisons": len(wins),
+                        "comparisons": len(won) * len(captions),
+                        "won": np.stack(won),
+                        "captions": captions,
                         "seeds": len(drifts),
                         "distance": float(np.mean(distances)) if distances else None,
                     }
                 )
     return rows
+
+
+def units_of(captions: Sequence[str]) -> np.ndarray:
+    return np.unique(captions, return_inverse=True)[1]
+
+
+def differences(rows: Sequence[dict[str, Any]], ours: str) -> list[dict[str, Any]]:
+    """Win rate of ``ours`` less that of each other method at the same beta (or none) and steps, paired by seed, caption
+    and noise; intervals as in ``table``."""
+    found = []
+    for row in rows:
+        mine = [r for r in rows if r["method"] == ours and r["steps"] == row["steps"]]
+        mine = [r for r in mine if row["method"] == "sft" or r["beta"] == row["beta"]]
+        if row["method"] == ours or not mine or mine[0]["won"].shape != row["won"].shape:
+            continue
+        gap = crossed(mine[0]["won"] - row["won"], units_of(row["captions"]))
+        told = {name: row[name] for name in ("method", "beta", "steps")}
+        found.append({**told, "difference": gap.value, "low": gap.low, "high": gap.high})
+    return found
 
 
 def pairs(config: ShapesMatrix) -> list[tuple[str, float]]:
@@ -392,9 +412,15 @@ def main() -> None:
         drift = f"{row['drift']:+.3f} ±{row['drift_spread']:.3f}"
         distance = "" if row["distance"] is None else f"{row['distance']:.4f}"
         print(f"| {row['method']} | {beta} | {row['steps']} | {win} | {drift} | {row['seen']:.3f} | {distance} |")
+    gaps = differences(rows, "lpo")
+    for gap in gaps:
+        beta = "" if gap["method"] == "sft" else f", beta {gap['beta']:g}"
+        interval = f"{gap['difference']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
+        print(f"lpo minus {gap['method']}{beta}, {gap['steps']} steps: {interval}")
+    rows = [{name: value for name, value in row.items() if name not in ("won", "captions")} for row in rows]
     out = Path(config.out)
     (out / "table.json").write_text(
-        json.dumps({"config": configs.to_dict(config), "seen": seen, "rows": rows}, indent=2)
+        json.dumps({"config": configs.to_dict(config), "seen": seen, "rows": rows, "lpo_minus": gaps}, indent=2)
     )
     plot(rows, seen, out / "frontier.png")
 
