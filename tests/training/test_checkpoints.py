@@ -131,7 +131,7 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(tmp_path, whole, caplo
     with caplog.at_level(logging.WARNING):
         summary = toy.run(settings(tmp_path), World())
     assert summary["resumed"] == 4
-    warning = next(record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "palate.training.checkpoints"]
     assert "step-00000008" in warning
     assert "going back to the one before" in warning
     assert_same_run(tmp_path, whole)
