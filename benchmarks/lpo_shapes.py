@@ -331,6 +331,7 @@ def table(config: ShapesMatrix) -> list[dict[str, Any]]:
                         "drift_spread": float(np.std(drifts)),
                         "seen": float(np.mean(seen)),
                         "comparisons": len(won) * len(captions),
+                        "win_by_seed": np.stack(won).mean(1).tolist(),
                         "won": np.stack(won),
                         "captions": captions,
                         "seeds": len(drifts),
