@@ -139,6 +139,123 @@ def test_the_seed_of_a_sample_is_its_own_in_each_epoch():
     assert [again.load(unit).value for unit in units] == seeds
 
 
+class Sharded:
+    """Numbered samples in blocks of the given lengths; nothing is kept of a sample."""
+
+    name = fingerprint = "sharded"
+
+    def __init__(self, blocks):
+        self.blocks = np.asarray(blocks)
+        self.ends = np.cumsum(self.blocks)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def id(self, index):
+        return f"{np.searchsorted(self.ends, index, side='right')}/{index}"
+
+    def load(self, index, seed):
+        return index
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    blocks=st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(sum),
+    batch=st.integers(1, 17),
+    window=st.integers(1, 50),
+    cut=st.integers(0, 20),
+)
+def test_blocks_lose_nothing_and_go_on_from_any_cursor(blocks, batch, window, cut):
+    def make():
+        return Stream([Sharded(blocks)], batch, seed=2, window=window)
+
+    count, steps = sum(blocks), -(-2 * sum(blocks) // batch)
+    whole, end = take(make(), steps)
+    order = [unit.indices[0] for units in whole for unit in units]
+    for epoch in range(2):
+        assert sorted(order[epoch * count : (epoch + 1) * count]) == list(range(count))
+    first, middle = take(make(), min(cut, steps))
+    rest, rest_end = take(make(), steps - min(cut, steps), middle)
+    assert (first + rest, rest_end) == (whole, end)
+
+
+def test_one_block_is_the_order_without_blocks():
+    class Plain(Sharded):
+        blocks = None
+
+        def __getattribute__(self, name):
+            if name == "blocks":
+                raise AttributeError(name)
+            return super().__getattribute__(name)
+
+        def __init__(self, count):
+            self.ends = np.array([count])
+
+    for window in (7, 100):
+        one, plain = (Stream([source], 4, seed=3, window=window) for source in (Sharded([40]), Plain(40)))
+        assert take(one, 25) == take(plain, 25)
+        assert one.identity() == plain.identity()
+    # Pinned: checkpoints of runs that began before there were blocks stay valid.
+    assert [unit.indices[0] for unit in take(Stream([source("s", 9)], 9, seed=1, window=4), 1)[0][0]] == [
+        8,
+        0,
+        1,
+        2,
+        3,
+        5,
+        6,
+        7,
+        4,
+    ]
+
+
+def test_windows_cut_few_blocks_and_each_epoch_orders_them_anew():
+    blocks = Sharded(np.random.default_rng(0).integers(5, 15, 60))
+    batches = Stream([blocks], 50, window=50)
+    windows, epochs = -(-len(blocks) // 50), []
+    for epoch in range(2):
+        planned = [batches._plan_window(0, epoch, window) for window in range(windows)]
+        touched = [set(np.searchsorted(blocks.ends, indices, side="right").tolist()) for indices in planned]
+        assert sum(map(len, touched)) <= 60 + windows - 1  # a block is cut where two windows meet, and nowhere else
+        epochs.append(touched)
+    assert not [window for window in epochs[0] if window in epochs[1]]
+
+
+def test_coming_blocks_are_those_of_this_window_and_the_next():
+    blocks = Sharded([4, 4, 4, 4, 4])
+    batches = Stream([blocks, source("one", 3)], 1, window=8, weights={"sharded": 1.0, "one": 1.0})
+    for window in range(3):
+        here, there = (Cursor(window=window), Cursor(epoch=(window + 1) // 3, window=(window + 1) % 3))
+        touched = []
+        for cursor in (here, there):
+            planned = batches._plan_window(0, cursor.epoch, cursor.window)
+            touched.append({index // 4 for index in planned.tolist()})
+        coming = batches.coming((here, Cursor()))
+        assert set(coming[0]) == touched[0] | touched[1]
+        assert set(coming[0][: len(touched[0])]) == touched[0]
+        assert coming[1] == [0]
+
+
+def test_lazy_lengths_pack_as_a_list_does():
+    class Lazy:
+        def __len__(self):
+            return 60
+
+        def __getitem__(self, index):
+            raise AssertionError("asked for one at a time")
+
+        def take(self, indices):
+            assert len(indices) <= 16  # a window
+            return np.array(known)[indices]
+
+    known = np.random.default_rng(1).integers(1, 20, 60).tolist()
+    lazy, plain = (
+        Stream([Sharded([11, 9, 25, 15])], 3, window=16, packing=Packing(20, {"sharded": lengths}, "t"))
+        for lengths in (Lazy(), known)
+    )
+    assert take(lazy, 20) == take(plain, 20)
+
+
 def test_fingerprints_tell_batches_apart_and_identity_the_streams():
     batches = Stream([source("s", 40)], 4)
     found, _ = take(batches, 10)
@@ -153,6 +270,7 @@ def test_fingerprints_tell_batches_apart_and_identity_the_streams():
         Stream([ListSource("s", list(range(40)), [f"x{i}" for i in range(40)])], 4),
         Stream([source("s", 40)], 4, packing=Packing(9, {"s": [1] * 40}, "t")),
     ]
+    assert Stream([Sharded([20, 20])], 4).identity() != Stream([Sharded([10, 30])], 4).identity()
     assert all(other.identity() != base for other in changed)
 
 
@@ -167,3 +285,7 @@ def test_what_cannot_be_streamed_is_refused():
         Stream([source("s", 3)], 0)
     with pytest.raises(ValueError, match="3 samples but 1 ids"):
         ListSource("s", [1, 2, 3], ["a"])
+    wrong = Sharded([2, 3])
+    wrong.blocks = [2, 2]
+    with pytest.raises(ValueError, match="5 samples, but blocks of 4"):
+        Stream([wrong], 4)

@@ -1,6 +1,8 @@
 """Exact streaming: which samples each step trains on, as a pure function of the seed and a few counters.
 
-A source's order is shuffled window by window: the windows of an epoch among themselves, and the samples inside each.
+A source's order is shuffled in three layers: its blocks (shards) among themselves, the windows that are cut over the
+blocks' new order, and the samples inside each window. All of it is computed window by window, so nothing of the size of
+the corpus is ever in memory; and a window touches few shards, so few must be at hand.
 Step k takes the next ``global_batch`` units from the cursors, whatever the number of ranks or workers; a unit is one
 sample, or one pack of samples that fit a token budget together. The whole state is one ``Cursor`` a source, so a run
 that starts again goes on with the very same batches. A corrupt sample keeps its place and contributes nothing.
@@ -21,7 +23,12 @@ class CorruptSample(Exception):
 
 
 class Source(Protocol):
-    """Random access to samples."""
+    """Random access to samples.
+
+    A source whose samples lie in shards says so by ``blocks``: the lengths of consecutive runs of samples, which are
+    kept together and shuffled among themselves. It may also have ``fetch(block)``, which brings a block near, and
+    ``fetchable(blocks)``, the first of them that can be near at once (see ``loading``).
+    """
 
     name: str
     fingerprint: str  # equal fingerprints mean equal samples under equal indices
@@ -65,7 +72,8 @@ class ListSource:
 class Packing:
     """Samples are put together into packs of at most ``capacity`` tokens; a unit of the stream is then a pack.
 
-    ``lengths`` has the tokens of every sample, by source; ``fingerprint`` names the tokenizer they were counted with.
+    ``lengths`` has the tokens of every sample, by source, or is a lazy sequence of them: one with ``take(indices)`` is
+    asked for a window at once. ``fingerprint`` names the tokenizer they were counted with.
     A sample longer than ``capacity`` is a pack of its own, for the loss to cut.
     """
 
@@ -99,6 +107,16 @@ class Loaded:
 
     value: Any
     corrupt: tuple[dict[str, str], ...] = ()  # id and reason of each sample that could not be read
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The blocks of a source in an epoch's order: block ``order[i]`` holds positions ``ends[i - 1]`` to ``ends[i]``;
+    ``shifts[i]`` added to such a position gives the sample's index."""
+
+    order: np.ndarray
+    ends: np.ndarray
+    shifts: np.ndarray
 
 
 class Stream:
@@ -135,6 +153,8 @@ class Stream:
         self.sources, self.global_batch, self.seed = tuple(sources), global_batch, seed
         self.window, self.packing = window, packing
         self.shares = [shares[name] / sum(shares.values()) for name in names]
+        self._blocks = [_blocks(source) for source in sources]
+        self._layout = lru_cache(maxsize=2 * len(names))(self._plan_layout)
         self._window = lru_cache(maxsize=2 * len(names))(self._plan_window)
 
     def identity(self) -> dict[str, Any]:
@@ -142,7 +162,8 @@ class Stream:
         packing = self.packing and {"capacity": self.packing.capacity, "lengths": self.packing.fingerprint}
         sources = {
             source.name: {"samples": len(source), "fingerprint": source.fingerprint, "share": share}
-            for source, share in zip(self.sources, self.shares, strict=True)
+            | ({"blocks": _hash(str(blocks.tolist()))} if len(blocks) > 1 else {})
+            for source, share, blocks in zip(self.sources, self.shares, self._blocks, strict=True)
         }
         return {
             "global_batch": self.global_batch,
@@ -157,15 +178,33 @@ class Stream:
 
     def plan(self, cursors: Sequence[Cursor]) -> tuple[list[Unit], tuple[Cursor, ...]]:
         """The units of the next global batch, and the cursors after it. Reads no sample."""
+        if len(self.sources) == 1:
+            alone, cursor = self._take(0, cursors[0], self.global_batch)
+            return alone, (cursor,)
         after, units = list(cursors), []
         for _ in range(self.global_batch):
             total = sum(cursor.taken for cursor in after)
             # The source that is furthest behind its share: exact proportions, with no state but the cursors.
             behind = [share * (total + 1) - cursor.taken for share, cursor in zip(self.shares, after, strict=True)]
             number = behind.index(max(behind))
-            unit, after[number] = self._take(number, after[number])
-            units.append(unit)
+            taken, after[number] = self._take(number, after[number], 1)
+            units += taken
         return units, tuple(after)
+
+    def coming(self, cursors: Sequence[Cursor]) -> list[list[int]]:
+        """By source, the blocks that its present window and the next touch, in the order in which they lie there."""
+        found = []
+        for number, cursor in enumerate(cursors):
+            windows = self._windows(number)
+            following = (cursor.epoch + (cursor.window + 1) // windows, (cursor.window + 1) % windows)
+            blocks: list[int] = []
+            for epoch, window in ((cursor.epoch, cursor.window), following):
+                start, size = self._extent(number, epoch, window)
+                layout = self._layout(number, epoch)
+                first, last = np.searchsorted(layout.ends, (start, start + size - 1), side="right")
+                blocks += layout.order[first : last + 1].tolist()
+            found.append(list(dict.fromkeys(blocks)))
+        return found
 
     def load(self, unit: Unit) -> Loaded:
         """Read a unit's samples."""
@@ -187,32 +226,54 @@ class Stream:
         """A hash of a batch's sample ids in their order."""
         return _hash("\n".join(",".join(self.ids(unit)) for unit in units))
 
-    def _take(self, number: int, cursor: Cursor) -> tuple[Unit, Cursor]:
-        units = self._window(number, cursor.epoch, cursor.window)
-        chosen = units[cursor.offset]
-        unit = Unit(number, cursor.epoch, tuple(chosen) if self.packing else (int(chosen),))
-        after = replace(cursor, offset=cursor.offset + 1, taken=cursor.taken + 1)
-        if after.offset == len(units):
-            after = replace(after, offset=0, window=after.window + 1)
-        if after.window == self._windows(number):
-            after = replace(after, window=0, epoch=after.epoch + 1)
-        return unit, after
+    def _take(self, number: int, cursor: Cursor, count: int) -> tuple[list[Unit], Cursor]:
+        taken: list[Unit] = []
+        while len(taken) < count:
+            units = self._window(number, cursor.epoch, cursor.window)
+            chosen = units[cursor.offset : cursor.offset + count - len(taken)]
+            done = cursor.offset + len(chosen)
+            if self.packing is None:
+                taken += [Unit(number, cursor.epoch, (index,)) for index in chosen.tolist()]
+            else:
+                taken += [Unit(number, cursor.epoch, tuple(pack)) for pack in chosen]
+            cursor = replace(cursor, offset=done, taken=cursor.taken + len(chosen))
+            if done == len(units):
+                cursor = replace(cursor, offset=0, window=cursor.window + 1)
+            if cursor.window == self._windows(number):
+                cursor = replace(cursor, window=0, epoch=cursor.epoch + 1)
+        return taken, cursor
 
     def _windows(self, number: int) -> int:
         return -(-len(self.sources[number]) // self.window)
 
-    def _plan_window(self, number: int, epoch: int, window: int) -> Sequence[Any]:
-        """The units of an epoch's ``window``-th window: sample indices or, with packing, lists of them."""
+    def _extent(self, number: int, epoch: int, window: int) -> tuple[int, int]:
+        """First position and length of an epoch's ``window``-th window."""
         source = self.sources[number]
         place = int(shuffled(self._windows(number), self.seed, source.name, epoch, "windows")[window])
-        start = place * self.window
-        size = min(self.window, len(source) - start)
-        indices: Any = start + shuffled(size, self.seed, source.name, epoch, place)
+        return place * self.window, min(self.window, len(source) - place * self.window)
+
+    def _plan_layout(self, number: int, epoch: int) -> _Layout:
+        lengths = self._blocks[number]
+        order = shuffled(len(lengths), self.seed, self.sources[number].name, epoch, "blocks")
+        ends = np.cumsum(lengths[order])
+        return _Layout(order, ends, (np.cumsum(lengths) - lengths)[order] - (ends - lengths[order]))
+
+    def _plan_window(self, number: int, epoch: int, window: int) -> Any:
+        """The units of an epoch's ``window``-th window: sample indices (an array) or, with packing, lists of them."""
+        source = self.sources[number]
+        start, size = self._extent(number, epoch, window)
+        place = start // self.window
+        positions = start + shuffled(size, self.seed, source.name, epoch, place)
+        layout = self._layout(number, epoch)
+        indices = positions + layout.shifts[np.searchsorted(layout.ends, positions, side="right")]
         if self.packing is None:
             return indices
-        packs = best_fit(indices.tolist(), self.packing.lengths[source.name], self.packing.capacity)
+        lengths = _lengths(self.packing.lengths[source.name], indices)
+        packs = best_fit(range(size), lengths, self.packing.capacity)
+        known = indices.tolist()
         # Best fit leaves full packs of long samples first: shuffle them again.
-        return [packs[i] for i in shuffled(len(packs), self.seed, source.name, epoch, place, "packs")]
+        mixed = shuffled(len(packs), self.seed, source.name, epoch, place, "packs")
+        return [[known[i] for i in packs[pack]] for pack in mixed]
 
 
 def part(units: Sequence[Unit], rank: int, size: int) -> Sequence[Unit]:
@@ -249,6 +310,25 @@ def best_fit(indices: Sequence[int], lengths: Sequence[int], capacity: int) -> l
         if left > length:
             bisect.insort(room, (left - length, number))
     return packs
+
+
+def _blocks(source: Source) -> np.ndarray:
+    """The lengths of a source's blocks.
+
+    Raises:
+        ValueError: they do not add up to the source's length.
+    """
+    lengths = np.asarray(getattr(source, "blocks", (len(source),)), dtype=np.int64)
+    if lengths.sum() != len(source) or (lengths < 0).any():
+        raise ValueError(f"source {source.name!r} has {len(source)} samples, but blocks of {lengths.sum()} in all")
+    return lengths
+
+
+def _lengths(lengths: Sequence[int], indices: np.ndarray) -> Sequence[int]:
+    """The lengths of some samples."""
+    if hasattr(lengths, "take"):  # an array, or a lazy sequence that reads many at once
+        return list(np.asarray(lengths.take(indices)).tolist())
+    return [int(lengths[index]) for index in indices.tolist()]
 
 
 def _key(*parts: object) -> int:

@@ -1,0 +1,571 @@
+"""Image-text shards as a source of the exact stream: tar, Parquet and LLaVA JSON, read where they lie by an index.
+
+The index (``jobs/prepare.py captions``) says where each sample's bytes are; its files are memory-mapped, one a shard,
+when they are needed. From a local tar a sample is one read at its offset. A remote shard is fetched whole, and a
+Parquet shard, wherever it is, is unpacked once into an Arrow file whose rows can be had alone: both into a cache of
+bounded size that the processes of a node share.
+
+Nothing has to be cleaned after a crash: what a killed process left half done is never read, and the next one that
+needs room or the same shard removes it.
+"""
+
+import bisect
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from palate import artifacts
+from palate.artifacts import Artifact, ArtifactError
+from palate.corpora.captions import IMAGE_TEXT_INDEX, RawSample
+from palate.training.stream import CorruptSample
+
+UNPACKED_ROWS = 64  # rows of a record batch of an unpacked Parquet shard: what unpacking holds in memory
+HANDLES = 256  # shards, and index files, that are kept open
+STRIPES = 256  # lock files; two shards may share one
+TRIES = 3  # to reach object storage, before the run is stopped
+BLOCK = 512  # of a tar
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class IndexMismatch(ArtifactError):
+    """The shards are not those that were indexed."""
+
+
+class CacheTooSmall(ArtifactError):
+    """A shard is larger than the whole cache may be."""
+
+
+class Unreachable(ArtifactError):
+    """Object storage does not answer. Not the sample's fault: the run stops, and goes on when it is started again."""
+
+
+class Descriptor:
+    """A file open for reading, closed when nobody holds it any more: other threads may be reading when it is let go."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._number = -1
+        self._number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._touched = time.monotonic()
+
+    def __del__(self) -> None:
+        if self._number >= 0:
+            os.close(self._number)
+
+    @property
+    def path(self) -> str:
+        """A path of the open file itself, whatever has become of its name."""
+        return f"/dev/fd/{self._number}"
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._number).st_size
+
+    @property
+    def deleted(self) -> bool:
+        return os.fstat(self._number).st_nlink == 0
+
+    def read(self, offset: int, size: int) -> bytes:
+        """``size`` bytes from ``offset``.
+
+        Raises:
+            ValueError: the file ends before.
+        """
+        content = os.pread(self._number, size, offset)
+        if len(content) < size:
+            raise ValueError(f"cut off: {len(content)} of {size} bytes at offset {offset}")
+        return content
+
+    def touch(self, seconds: float = 0.0) -> None:
+        """Note that the file is in use, if that was last noted ``seconds`` ago."""
+        now = time.monotonic()
+        if now - self._touched >= seconds:
+            os.utime(self._number)
+            self._touched = now
+
+
+class Cache:
+    """Files of at most ``max_bytes`` in all, the least recently used of which make room for new ones.
+
+    Shared by all threads and processes of a node that name the same folder; the locks need a local disk.
+
+    Args:
+        flag: the option that sets ``max_bytes``, for the message when it is too small.
+    """
+
+    def __init__(self, folder: str | Path, max_bytes: int, flag: str = "--cache-gb") -> None:
+        self.folder, self.max_bytes, self.flag = Path(folder), max_bytes, flag
+        self.sources = 0  # that share it
+        (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+
+    def open(self, name: str, size: int, what: str, make: Callable[[Path], None]) -> Descriptor:
+        """The file called ``name``, written by ``make(path)`` unless it is there.
+
+        Args:
+            name: says what the content is, such as its hash.
+            size: of the file in bytes, or a good estimate.
+            what: what it is, for messages.
+
+        Raises:
+            CacheTooSmall: it cannot fit.
+        """
+        if found := self._find(name):
+            return found
+        with self._locked(_stripe(name)):
+            if found := self._find(name):  # another made it meanwhile
+                return found
+            self._require(size, what)
+            for left in self.folder.glob(f"{name}.*.part"):  # by a process that was killed
+                left.unlink()
+            partial = self.folder / f"{name}.{size}.part"
+            while not self._room(size, partial):
+                time.sleep(0.02)  # what others are writing fills the cache
+            try:
+                make(partial)
+                made = Descriptor(partial)
+                os.fsync(made._number)
+                self._require(made.size, what)
+                if made.size > size:
+                    self._room(made.size - size)
+                with self._locked("room"):  # whoever counts must not miss it
+                    partial.replace(self.folder / name)
+            finally:
+                partial.unlink(missing_ok=True)
+        return made
+
+    def drop(self, name: str) -> None:
+        """Forget a file before its turn."""
+        with self._locked("room"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _find(self, name: str) -> Descriptor | None:
+        try:
+            found = Descriptor(self.folder / name)
+        except FileNotFoundError:
+            return None
+        found.touch()
+        return found
+
+    def _require(self, size: int, what: str) -> None:
+        if size > self.max_bytes:
+            raise CacheTooSmall(
+                f"{what} takes {size / 1e9:.3g} GB, but the cache {self.folder} may hold "
+                f"{self.max_bytes / 1e9:.3g} GB: raise {self.flag}"
+            )
+
+    def _room(self, size: int, partial: Path | None = None) -> bool:
+        """Delete until ``size`` more bytes fit, and take them by creating ``partial``; whether they fit now."""
+        with self._locked("room"):
+            taken, entries = size, []
+            for entry in os.scandir(self.folder):
+                if entry.name.endswith(".part"):
+                    taken += self._partial(entry.name)
+                elif entry.is_file():
+                    status = entry.stat()
+                    taken += status.st_size
+                    entries.append((status.st_mtime_ns, status.st_size, entry.path))
+            for _, freed, path in sorted(entries):
+                if taken <= self.max_bytes:
+                    break
+                Path(path).unlink()  # whoever reads it goes on reading
+                taken -= freed
+            fits = taken <= self.max_bytes
+            if fits and partial is not None:
+                partial.touch()
+            return fits
+
+    def _partial(self, file: str) -> int:
+        """The bytes that a half-written file will take; if nobody is writing it, it is removed and takes none."""
+        name, size, _ = file.rsplit(".", 2)
+        with self._locked(_stripe(name), wait=False) as mine:
+            if mine:
+                (self.folder / file).unlink(missing_ok=True)
+                return 0
+        return int(size)
+
+    @contextmanager
+    def _locked(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """Hold a lock against all threads and processes; or, without ``wait``, say whether it could be had."""
+        number = os.open(self.folder / "locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+        finally:
+            os.close(number)  # releases the lock
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A row of ``shards.parquet``, and where it is."""
+
+    shard: int
+    url: str
+    format: str
+    samples: int
+    bytes: int
+    sha256: str
+    root: str
+
+    @property
+    def cached(self) -> int:
+        """About how many bytes it takes in the cache; 0 if it is read where it lies."""
+        if self.format == "parquet":
+            return self.bytes + self.bytes // 8
+        return 0 if artifacts.is_local(artifacts.locate(self.url)[0]) else self.bytes
+
+    def stale(self, found: str) -> IndexMismatch:
+        return IndexMismatch(
+            f"shard {self.shard} ({self.url}) is not the one that was indexed: {found}. Put the old file back, or make "
+            "the index again (jobs/prepare.py captions)"
+        )
+
+
+@dataclass
+class _Handle:
+    """An open shard; of a Parquet shard, the record batches of its unpacked file with the first row of each."""
+
+    descriptor: Descriptor
+    cached: bool
+    batches: list[pa.RecordBatch] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+
+
+class ShardSource:
+    """The samples of an index, as a ``stream.Source``; its blocks are the shards, its ids ``shard/key``.
+
+    May be used by several threads. Randomness is only in ``decode``, by the seed that it is given.
+
+    Args:
+        index: the artifact that ``jobs/prepare.py captions`` made, or its path or URL.
+        decode: makes of a ``RawSample`` and a seed what the model wants; raises ``ValueError`` (or ``CorruptSample``)
+            for a sample that cannot be used, with the reason.
+
+    Raises:
+        ArtifactMissing: there is no finished index.
+    """
+
+    def __init__(
+        self, index: Artifact | str | Path, decode: Callable[[RawSample, int], Any], cache: Cache, name: str = "images"
+    ) -> None:
+        self._artifact = index if isinstance(index, Artifact) else artifacts.open_artifact(index, IMAGE_TEXT_INDEX)
+        self.name, self._decode, self._cache = name, decode, cache
+        cache.sources += 1
+        rows = pq.read_table(self._artifact.local("shards.parquet")).to_pylist()
+        self._shards = [_Shard(**row) for row in rows]
+        self.blocks = np.array([shard.samples for shard in self._shards], dtype=np.int64)
+        self._ends = np.cumsum(self.blocks).tolist()
+        columns = self._artifact.paths("columns.json")
+        self._columns: Mapping[str, str] = self._artifact.read_json(columns[0]) if columns else {}
+        self.fingerprint = self._hash()
+        self._index = lru_cache(maxsize=HANDLES)(self._open_index)
+        self._handles: OrderedDict[int, _Handle] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def id(self, index: int) -> str:
+        shard, row = self._place(index)
+        return f"{shard:05d}/{self._index(shard)['key'][row].as_py()}"
+
+    def load(self, index: int, seed: int) -> Any:
+        """The decoded sample.
+
+        Raises:
+            CorruptSample: it cannot be read or decoded.
+            IndexMismatch: its shard is gone, or is another than the one that was indexed.
+            CacheTooSmall: its shard does not fit into the cache.
+            Unreachable: object storage does not answer.
+        """
+        shard, row = self._place(index)
+        handle = self._handle(shard)
+        try:
+            return self._decode(self._read(self._shards[shard], row, handle), seed)
+        except (ValueError, OSError, SyntaxError) as reason:  # SyntaxError: Pillow's, of a broken PNG
+            raise CorruptSample(f"{type(reason).__name__}: {reason}") from None
+
+    def lengths(self, tokens: Callable[[np.ndarray], np.ndarray]) -> "Lengths":
+        """What ``Packing`` wants: ``tokens`` of the captions' lengths in characters, both int64 (N,)."""
+        return Lengths(self, tokens)
+
+    def fetch(self, block: int) -> None:
+        """Bring a shard near; raises what ``load`` does."""
+        if self._shards[block].cached:
+            self._handle(block)
+
+    def fetchable(self, blocks: Sequence[int]) -> list[int]:
+        """The first of ``blocks`` that have room in the cache together."""
+        sizes = np.cumsum([self._shards[block].cached for block in blocks])
+        return list(blocks[: int(np.searchsorted(sizes, self._cache.max_bytes // self._cache.sources, side="right"))])
+
+    def characters(self, shard: int) -> np.ndarray:
+        """The lengths of a shard's captions in characters, (samples,)."""
+        return np.asarray(self._index(shard)["length"])
+
+    def _place(self, index: int) -> tuple[int, int]:
+        shard = bisect.bisect_right(self._ends, index)
+        return shard, index - (self._ends[shard - 1] if shard else 0)
+
+    def _hash(self) -> str:
+        """Of what was indexed and how, not of where it lies: a corpus may move."""
+        lines = [f"{shard.sha256} {shard.format} {shard.samples}" for shard in self._shards]
+        lines += [f"{entry.sha256} {entry.path}" for entry in self._artifact.files if entry.path.startswith("index/")]
+        lines.append(json.dumps(dict(self._columns), sort_keys=True))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    def _open_index(self, number: int) -> dict[str, Any]:
+        """The columns of a shard's index file, memory-mapped: integers as numpy arrays, keys as an Arrow array."""
+        path = self._artifact.local(f"index/{number:05d}.arrow")
+        with pa.memory_map(str(path)) as file:  # the arrays keep the mapping, not the file's descriptor
+            reader = pa.ipc.open_file(file)
+            batch = reader.get_batch(0) if reader.num_record_batches else pa.RecordBatch.from_pylist([], reader.schema)
+        if batch.num_rows != self._shards[number].samples:
+            raise IndexMismatch(
+                f"{path} has {batch.num_rows} samples, but shards.parquet says {self._shards[number].samples}: make "
+                "the index again (jobs/prepare.py captions)"
+            )
+        names = batch.schema.names
+        return {name: batch[name] if name == "key" else batch[name].to_numpy() for name in names}
+
+    def _handle(self, number: int) -> _Handle:
+        with self._lock:
+            handle = self._handles.get(number)
+            if handle is not None and not handle.descriptor.deleted:
+                self._handles.move_to_end(number)
+                if handle.cached:
+                    handle.descriptor.touch(seconds=5)
+                return handle
+            # Files that the cache has dropped take space on the disk until they are let go.
+            for other in [key for key, value in self._handles.items() if value.descriptor.deleted]:
+                del self._handles[other]
+        handle = self._open(self._shards[number])
+        with self._lock:
+            self._handles[number] = handle
+            while len(self._handles) > HANDLES:
+                self._handles.popitem(last=False)
+        return handle
+
+    def _open(self, shard: _Shard) -> _Handle:
+        if shard.format == "parquet":
+            return self._open_parquet(shard)
+        if shard.format not in ("tar", "llava"):
+            raise shard.stale(f"its format is {shard.format!r}, not tar, parquet or llava")
+        return _Handle(self._whole(shard), cached=shard.cached > 0)
+
+    def _whole(self, shard: _Shard) -> Descriptor:
+        """The shard's file: itself, or a checked copy in the cache."""
+        filesystem, path = artifacts.locate(shard.url)
+        if not artifacts.is_local(filesystem):
+            return self._cache.open(
+                f"{shard.sha256}.{shard.format}", shard.bytes, f"shard {shard.url}", lambda copy: _download(shard, copy)
+            )
+        try:
+            found = Descriptor(path)
+        except OSError as error:
+            raise shard.stale(f"it cannot be opened ({error})") from None
+        if found.size != shard.bytes:
+            raise shard.stale(f"it has {found.size} bytes, but had {shard.bytes}")
+        return found
+
+    def _open_parquet(self, shard: _Shard) -> _Handle:
+        columns = hashlib.sha256(json.dumps(dict(self._columns), sort_keys=True).encode()).hexdigest()[:8]
+        local = artifacts.is_local(artifacts.locate(shard.url)[0])
+        if local:
+            self._whole(shard)  # its size is what it was
+
+        def make(target: Path) -> None:
+            whole = self._whole(shard)
+            if local and (found := _sha256(whole.path)) != shard.sha256:
+                raise shard.stale(f"its sha256 is {found[:12]}…, but was {shard.sha256[:12]}…")
+            _unpack(whole.path, self._columns, target)
+
+        descriptor = self._cache.open(f"{shard.sha256}-{columns}.arrow", shard.cached, f"shard {shard.url}", make)
+        if not local:
+            self._cache.drop(f"{shard.sha256}.{shard.format}")
+        with pa.memory_map(descriptor.path) as file:
+            reader = pa.ipc.open_file(file)
+            batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        starts = np.cumsum([0, *(batch.num_rows for batch in batches)])[:-1].tolist()
+        return _Handle(descriptor, cached=True, batches=batches, starts=starts)
+
+    def _read(self, shard: _Shard, row: int, handle: _Handle) -> RawSample:
+        index = self._index(shard.shard)
+        key = index["key"][row].as_py()
+        if shard.format == "tar":
+            return _read_tar(shard, key, {name: int(index[name][row]) for name in index if name != "key"}, handle)
+        if shard.format == "parquet":
+            return _read_parquet(shard, key, int(index["row"][row]), handle)
+        return _read_llava(shard, key, int(index["json_offset"][row]), int(index["json_size"][row]), handle)
+
+
+class Lengths(Sequence[int]):
+    """Tokens of each sample of a ``ShardSource``, computed from its index when they are asked for."""
+
+    def __init__(self, source: ShardSource, tokens: Callable[[np.ndarray], np.ndarray]) -> None:
+        self._source, self._tokens = source, tokens
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: Any) -> Any:
+        return int(self.take(np.array([index]))[0])
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Tokens of the samples at ``indices`` (N,), int64 (N,); each shard's index is opened once."""
+        ends = np.cumsum(self._source.blocks)
+        shards = np.searchsorted(ends, indices, side="right")
+        order = np.argsort(shards, kind="stable")
+        characters = np.empty(len(indices), dtype=np.int64)
+        for members in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+            if len(members):
+                shard = int(shards[members[0]])
+                first = ends[shard] - self._source.blocks[shard]
+                characters[members] = self._source.characters(shard)[indices[members] - first]
+        return self._tokens(characters)
+
+
+def _read_tar(shard: _Shard, key: str, place: Mapping[str, int], handle: _Handle) -> RawSample:
+    def member(kind: str) -> bytes | None:
+        offset, size = place[f"{kind}_offset"], place[f"{kind}_size"]
+        if size < 0:
+            return None
+        content = handle.descriptor.read(offset - BLOCK, BLOCK + size)
+        if not _is_header(content[:BLOCK], key, size):
+            raise shard.stale(f"at offset {offset} there is no member of {key!r} with {size} bytes")
+        return content[BLOCK:]
+
+    image, text, record = member("image"), member("text"), member("json")
+    if image is None:
+        raise ValueError("it has no image")
+    return RawSample(
+        key,
+        image,
+        None if text is None else text.decode(),
+        None if record is None else _record(record),
+    )
+
+
+def _is_header(header: bytes, key: str, size: int) -> bool:
+    """Whether a tar's block is the header of a member of ``key`` with ``size`` bytes of content."""
+    stated = header[124:136].rstrip(b"\0 ")
+    if not stated.isdigit() or int(stated, 8) != size:
+        return False
+    name, stem = header[:100].rstrip(b"\0"), PurePosixPath(key).name.encode()
+    if len(name) == 100 or not stem.isascii():  # cut off, or replaced: the whole name is in a block before
+        return True
+    return name.rpartition(b"/")[2].startswith(stem)
+
+
+def _read_parquet(shard: _Shard, key: str, row: int, handle: _Handle) -> RawSample:
+    number = bisect.bisect_right(handle.starts, row) - 1
+    batch = handle.batches[number]
+    place = row - handle.starts[number]
+    if place >= batch.num_rows:
+        raise shard.stale(f"it has no row {row}")
+    image = batch["image"][place].as_py()
+    if not image:
+        raise ValueError("it has no image")
+    return RawSample(key, image, batch["caption"][place].as_py(), None)
+
+
+def _read_llava(shard: _Shard, key: str, offset: int, size: int, handle: _Handle) -> RawSample:
+    try:
+        record = _record(handle.descriptor.read(offset, size))
+    except ValueError as error:
+        raise shard.stale(f"at offset {offset} there is no record of {size} bytes ({error})") from None
+    if "conversations" not in record:
+        raise shard.stale(f"at offset {offset} there is no record of {key!r}")
+    image = record.get("image")
+    if not isinstance(image, str) or ".." in image.split("/"):
+        raise ValueError(f"its image is {image!r}, not a path below {shard.root!r}")
+    filesystem, path = artifacts.locate(artifacts.join(shard.root, image.lstrip("/")))
+    if artifacts.is_local(filesystem):
+        return RawSample(key, Path(path).read_bytes(), None, record)
+    return RawSample(key, _reached(lambda: bytes(filesystem.cat_file(path)), path), None, record)
+
+
+def _record(content: bytes) -> dict[str, Any]:
+    record = json.loads(content)
+    if not isinstance(record, dict):
+        raise ValueError(f"its JSON is a {type(record).__name__}, not an object")
+    return record
+
+
+def _download(shard: _Shard, target: Path) -> None:
+    filesystem, path = artifacts.locate(shard.url)
+    try:
+        _reached(lambda: filesystem.get_file(path, str(target)), shard.url)
+    except FileNotFoundError:
+        raise shard.stale("it is gone") from None
+    if (size := target.stat().st_size) != shard.bytes:
+        raise shard.stale(f"it has {size} bytes, but had {shard.bytes}")
+    if (found := _sha256(target)) != shard.sha256:
+        raise shard.stale(f"its sha256 is {found[:12]}…, but was {shard.sha256[:12]}…")
+
+
+def _reached(action: Callable[[], T], url: str) -> T:
+    """What ``action`` gives, tried again where object storage fails (each fsspec package has exceptions of its own).
+
+    Raises:
+        FileNotFoundError: the object is not there.
+        Unreachable: it failed every time.
+    """
+    for left in reversed(range(TRIES)):
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            log.warning("%s cannot be read (%s); %d more tries", url, error, left)
+            if not left:
+                raise Unreachable(
+                    f"{url} cannot be read: {error}. Check the network and the credentials, and start the run again"
+                ) from None
+            time.sleep(2.0 ** (TRIES - left - 1))
+    raise AssertionError("unreachable")
+
+
+def _unpack(parquet: str | Path, columns: Mapping[str, str], target: Path) -> None:
+    """Write images and captions of a Parquet file, in the order of its rows, as an uncompressed Arrow file."""
+    schema = pa.schema([("image", pa.binary()), ("caption", pa.string())])
+    with (
+        pq.ParquetFile(parquet, memory_map=True) as file,
+        pa.OSFile(str(target), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
+        for batch in file.iter_batches(UNPACKED_ROWS, columns=[columns["image"], columns["caption"]]):
+            image, caption = batch[columns["image"]], batch[columns["caption"]]
+            if pa.types.is_struct(image.type):  # Hugging Face's: {bytes, path}
+                image = pc.struct_field(image, "bytes")
+            arrays = [image.cast(pa.binary()), caption.cast(pa.string())]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+
+
+def _sha256(path: str | Path) -> str:
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _stripe(name: str) -> str:
+    return f"{int(hashlib.sha256(name.encode()).hexdigest(), 16) % STRIPES:02x}"

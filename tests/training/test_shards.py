@@ -1,0 +1,362 @@
+"""Image-text shards read by their index: what they hold, and what happens when they are not what was indexed."""
+
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import toy_shards as toy
+from palate import artifacts
+from palate.corpora.pictures import decode_image
+from palate.training import shards, stream
+from palate.training.shards import Cache, CacheTooSmall, IndexMismatch, ShardSource, Unreachable
+from palate.training.stream import CorruptSample, Stream
+
+
+def raw(sample, seed):
+    return sample
+
+
+def source(tmp_path, index, decode=raw, max_bytes=1 << 30, **options):
+    return ShardSource(index, decode, Cache(tmp_path / "cache", max_bytes), **options)
+
+
+def cached(tmp_path):
+    return sorted(path for path in (tmp_path / "cache").iterdir() if path.is_file())
+
+
+def test_each_format_gives_its_samples(tmp_path):
+    index, items = toy.mixed(tmp_path / "data")
+    images = source(tmp_path, index)
+    assert len(images) == len(items)
+    assert images.blocks.tolist() == [5, 4, 6]
+    numbers = [0] * 5 + [1] * 4 + [2] * 6
+    for place, (number, (key, image, text)) in enumerate(zip(numbers, items, strict=True)):
+        found = images.load(place, 0)
+        assert images.id(place) == f"{number:05d}/{key}"
+        assert (found.key, found.image) == (key, image)
+        assert found.text == (None if number == 2 else text)
+    assert images.load(0, 0).record == {"key": "000000"}
+    assert images.load(6, 0).record is None
+    assert images.load(9, 0).record["conversations"] == [{"from": "human", "value": "caption 9"}]
+    assert images.lengths(lambda characters: characters + 1).take(np.array([14, 0, 10, 7])).tolist() == [1, 10, 11, 10]
+    assert images.lengths(lambda characters: 2 * characters)[9] == 18
+
+
+def test_decode_gets_the_seed_and_its_value_errors_are_corrupt_samples(tmp_path):
+    def decode(sample, seed):
+        if sample.key == "000001":
+            raise ValueError("one pixel is no image")
+        return seed
+
+    index, _ = toy.mixed(tmp_path / "data")
+    images = source(tmp_path, index, decode)
+    assert images.load(0, 71) == 71
+    with pytest.raises(CorruptSample, match="one pixel is no image"):
+        images.load(1, 71)
+
+
+def test_what_cannot_be_read_is_a_corrupt_sample(tmp_path):
+    bad = [("a", b"\xff\xd8 broken", "text"), ("b", toy.jpeg(1), "text"), ("c", toy.jpeg(2), "text")]
+    (tmp_path / "images").mkdir()
+    rows = toy.write_llava(tmp_path / "0.json", bad, tmp_path / "images")
+    (tmp_path / "images/c.jpg").unlink()
+    toy.write_parquet(tmp_path / "1.parquet", [("d", None, "text"), ("e", toy.jpeg(3), None)])
+    more = [toy.index_row("d", row=0), toy.index_row("e", row=1)]
+    places = toy.write_tar(tmp_path / "2.tar", [("f", toy.jpeg(4), "text")])
+    without = [toy.index_row("f", text=(places[0]["text_offset"], places[0]["text_size"]))]
+    index = toy.write_index(
+        tmp_path / "index",
+        [
+            (tmp_path / "0.json", "llava", rows, "", str(tmp_path / "images")),
+            (tmp_path / "1.parquet", "parquet", more),
+            (tmp_path / "2.tar", "tar", without),
+        ],
+    )
+    images = source(tmp_path, index, lambda sample, seed: decode_image(sample.image).size)
+    assert [images.load(place, 0) for place in (1, 4)] == [(12, 12)] * 2
+    for place, reason in (
+        (0, "not an image that can be decoded"),
+        (2, "No such file"),
+        (3, "no image"),
+        (5, "no image"),
+    ):
+        with pytest.raises(CorruptSample, match=reason):
+            images.load(place, 0)
+
+
+def test_an_image_path_does_not_lead_out_of_the_root(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    content = json.dumps({"id": "a", "image": "../secret.jpg", "conversations": []}).encode()
+    (tmp_path / "0.json").write_bytes(content)
+    rows = [toy.index_row("a", json=(0, len(content)))]
+    index = toy.write_index(tmp_path / "index", [(tmp_path / "0.json", "llava", rows, "", str(tmp_path / "images"))])
+    with pytest.raises(CorruptSample, match="not a path below"):
+        source(tmp_path, index).load(0, 0)
+
+
+def test_shards_that_are_not_those_indexed_are_errors(tmp_path):
+    index, _ = toy.mixed(tmp_path / "data")
+    tar, parquet, llava = (tmp_path / "data" / name for name in ("0.tar", "1.parquet", "2.json"))
+    whole = {path: path.read_bytes() for path in (tar, parquet, llava)}
+
+    def fails(place, message):
+        with pytest.raises(IndexMismatch, match=message) as caught:
+            source(tmp_path, index).load(place, 0)
+        assert "jobs/prepare.py captions" in str(caught.value)
+
+    tar.write_bytes(whole[tar][:-512])
+    fails(0, r"shard 0 .*0.tar.* has \d+ bytes, but had")
+    # As long, but with one sample's members in another order: what lies at the image's place is another file.
+    swapped = whole[tar].replace(b"000000.jpg", b"000099.jpg")
+    tar.write_bytes(swapped)
+    fails(0, "no member of '000000'")
+    tar.unlink()
+    fails(0, "cannot be opened")
+    parquet.write_bytes(whole[parquet][:40] + bytes([whole[parquet][40] ^ 1]) + whole[parquet][41:])
+    fails(5, "sha256 is")
+    llava.write_bytes(b" " + whole[llava][:-1])
+    fails(10, "there is no record")
+
+
+def test_truncated_index_and_unknown_format_are_errors(tmp_path):
+    rows = toy.write_tar(tmp_path / "0.tar", toy.samples(0, 3))
+    index = toy.write_index(tmp_path / "index", [(tmp_path / "0.tar", "zip", rows)])
+    with pytest.raises(IndexMismatch, match="format is 'zip'"):
+        source(tmp_path, index).load(0, 0)
+    with pytest.raises(artifacts.ArtifactMissing):
+        source(tmp_path, tmp_path / "nothing")
+
+
+def test_fingerprint_says_what_was_indexed_not_where_it_is(tmp_path):
+    index, _ = toy.mixed(tmp_path / "data")
+    base = source(tmp_path, index).fingerprint
+    rows = toy.write_tar(tmp_path / "0.tar", toy.samples(0, 5))
+    (tmp_path / "moved.tar").write_bytes((tmp_path / "0.tar").read_bytes())
+
+    def fingerprint(name, path, rows):
+        return source(tmp_path, toy.write_index(tmp_path / name, [(path, "tar", rows)])).fingerprint
+
+    first = fingerprint("a", tmp_path / "0.tar", rows)
+    assert fingerprint("b", tmp_path / "moved.tar", rows) == first != base
+    assert fingerprint("c", tmp_path / "0.tar", rows[:4]) != first
+
+
+def test_parquet_images_in_structs_and_row_groups_of_any_size(tmp_path):
+    items = toy.samples(0, 150)
+    for nested, group in ((True, 7), (False, 1000)):
+        path = tmp_path / f"{nested}.parquet"
+        index = toy.write_index(
+            tmp_path / f"index-{nested}", [(path, "parquet", toy.write_parquet(path, items, nested, group))]
+        )
+        images = source(tmp_path, index)
+        for place in (149, 0, 64, 63, 128, 6, 7):
+            assert images.load(place, 0).image == items[place][1]
+            assert images.load(place, 0).text == items[place][2]
+
+
+def test_only_the_kept_rows_of_a_parquet_shard_are_samples(tmp_path):
+    path, items = tmp_path / "0.parquet", toy.samples(0, 10)
+    rows = toy.write_parquet(path, items)
+    images = source(tmp_path, toy.write_index(tmp_path / "index", [(path, "parquet", rows[2::3])]))
+    assert [images.load(place, 0).key for place in range(len(images))] == ["000002", "000005", "000008"]
+    assert images.load(1, 0).image == items[5][1]
+
+
+def test_equal_fingerprints_and_values_on_1_and_3_ranks(tmp_path):
+    """On real tar, Parquet and LLaVA shards; the batch of a step is the same however many ranks share it."""
+    index, _ = toy.mixed(tmp_path / "data", counts=(11, 13, 9))
+
+    def run(ranks):
+        batches = [
+            Stream([source(tmp_path, index, lambda s, seed: (s.key, s.image, seed))], 7, window=12)
+            for _ in range(ranks)
+        ]
+        cursors, found = batches[0].start(), []
+        for _ in range(12):
+            plans = [batch.plan(cursors) for batch in batches]
+            parts = [stream.part(units, rank, ranks) for rank, (units, _) in enumerate(plans)]
+            values = [b.load(unit).value for b, units in zip(batches, parts, strict=True) for unit in units]
+            found.append(({b.fingerprint(u) for b, (u, _) in zip(batches, plans, strict=True)}, values))
+            cursors = plans[0][1]
+        return found
+
+    one, three = run(1), run(3)
+    assert one == three
+    assert all(len(fingerprints) == 1 and len(values) == 7 for fingerprints, values in one)
+    epoch = [value[0] for _, values in one for value in values][:33]
+    assert sorted(epoch) == [f"{n:06d}" for n in range(33)]
+
+
+def remote(folder, url, formats=("tar", "parquet", "tar"), count=6):
+    """Shards in a bucket with their index on the local disk; returns the index and the samples."""
+    filesystem, bucket = artifacts.locate(url)
+    made, items = [], []
+    for number, form in enumerate(formats):
+        some = toy.samples(number * count, count)
+        path = folder / f"{number}.{form}"
+        rows = {"tar": toy.write_tar, "parquet": toy.write_parquet}[form](path, some)
+        filesystem.put_file(str(path), f"{bucket}/{path.name}")
+        made.append((path, form, rows, f"{url}/{path.name}"))
+        items += some
+    return toy.write_index(folder / "index", made), items
+
+
+def test_remote_shards_are_fetched_once_and_bounded(tmp_path, s3_url):
+    index, items = remote(tmp_path, s3_url)
+    images = source(tmp_path, index)
+    assert [images.load(place, 0).image for place in range(18)] == [item[1] for item in items]
+    assert len(cached(tmp_path)) == 3
+    assert not [path for path in cached(tmp_path) if path.suffix == ".parquet"]  # only its unpacked form is kept
+    artifacts.locate(s3_url)[0].rm(s3_url, recursive=True)
+    again = source(tmp_path, index)
+    assert [again.load(place, 0).image for place in range(18)] == [item[1] for item in items]
+    sizes = [path.stat().st_size for path in cached(tmp_path)]
+    assert source(tmp_path, index, max_bytes=10**6).fetchable([2, 0, 1]) == [2, 0, 1]
+    assert source(tmp_path, index, max_bytes=max(sizes)).fetchable([2, 0, 1]) == [2]
+
+
+def test_the_bound_holds_and_what_was_used_last_stays(tmp_path, s3_url):
+    index, items = remote(tmp_path, s3_url, formats=("tar",) * 4)
+    size = (tmp_path / "0.tar").stat().st_size
+    images = source(tmp_path, index, max_bytes=2 * size + 100)
+    order = [0, 6, 0, 12, 0, 18, 6, 1, 13, 19, 7]
+    for place in order:
+        assert images.load(place, 0).image == items[place][1]
+        assert sum(path.stat().st_size for path in cached(tmp_path)) <= 2 * size + 100
+    assert {path.name[:8] for path in cached(tmp_path)} == {
+        hashlib.sha256((tmp_path / f"{n}.tar").read_bytes()).hexdigest()[:8] for n in (1, 3)
+    }
+
+
+def test_a_shard_larger_than_the_cache_names_the_flag(tmp_path, s3_url):
+    index, _ = remote(tmp_path, s3_url)
+    with pytest.raises(CacheTooSmall, match=r"shard s3://.*0.tar takes .* raise --cache-gb"):
+        source(tmp_path, index, max_bytes=100).load(0, 0)
+    with pytest.raises(CacheTooSmall, match=r"shard s3://.*1.parquet"):
+        source(tmp_path, index, max_bytes=100).load(6, 0)
+
+
+def test_a_remote_shard_that_changed_or_went_is_an_error(tmp_path, s3_url, monkeypatch):
+    index, _ = remote(tmp_path, s3_url)
+    filesystem, bucket = artifacts.locate(s3_url)
+    content = (tmp_path / "0.tar").read_bytes()
+    filesystem.pipe_file(f"{bucket}/0.tar", content[:-1] + b"x")
+    with pytest.raises(IndexMismatch, match="sha256 is"):
+        source(tmp_path, index).load(0, 0)
+    filesystem.pipe_file(f"{bucket}/0.tar", content[:100])
+    with pytest.raises(IndexMismatch, match="has 100 bytes"):
+        source(tmp_path, index).load(0, 0)
+    filesystem.rm_file(f"{bucket}/0.tar")
+    with pytest.raises(IndexMismatch, match="it is gone"):
+        source(tmp_path, index).load(0, 0)
+    assert cached(tmp_path) == []
+    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(filesystem, "get_file", lambda *_: (_ for _ in ()).throw(ConnectionError("no route")))
+    with pytest.raises(Unreachable, match=r"s3://.*2.tar cannot be read: no route"):
+        source(tmp_path, index).load(12, 0)
+
+
+def test_many_threads_make_a_file_once_and_stay_below_the_bound(tmp_path):
+    cache, made, failures = Cache(tmp_path / "cache", 1000), [], []
+
+    def make(name):
+        def write(path):
+            made.append(name)
+            path.write_bytes(name.encode() * 300)
+
+        return write
+
+    def work(seed):
+        generator = np.random.default_rng(seed)
+        for number in generator.integers(0, 6, 60):
+            name = "abcdef"[number]
+            found = cache.open(name, 300, name, make(name))
+            if found.read(0, 300) != name.encode() * 300:
+                failures.append(name)
+            if len(there := set("abcdef").intersection(os.listdir(tmp_path / "cache"))) > 3:  # noqa: PTH208
+                failures.append(str(there))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert len(made) > 6  # some were made again, after others had taken their room
+    once = Cache(tmp_path / "other", 1000)
+    together = [threading.Thread(target=once.open, args=("z", 300, "z", make("z"))) for _ in range(8)]
+    for thread in together:
+        thread.start()
+    for thread in together:
+        thread.join()
+    assert made.count("z") == 1
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from palate.training.shards import Cache
+def make(path):
+    path.write_bytes(b"half")
+    print("writing", flush=True)
+    time.sleep(60)
+Cache(Path(sys.argv[1]), 1000).open("name", 900, "it", make)
+"""
+
+
+@pytest.mark.parametrize("name", ["name", "other"])
+def test_what_a_killed_process_left_is_neither_read_nor_counted(tmp_path, name):
+    worker = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / "cache")], stdout=subprocess.PIPE, text=True
+    )
+    assert worker.stdout.readline() == "writing\n"
+    assert [path.name for path in cached(tmp_path)] == ["name.900.part"]
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait()
+    worker.stdout.close()
+    found = Cache(tmp_path / "cache", 1000).open(name, 800, "it", lambda path: path.write_bytes(b"whole" * 160))
+    assert found.read(0, 800) == b"whole" * 160
+    assert [path.name for path in cached(tmp_path)] == [name]
+
+
+def test_a_file_that_another_process_is_writing_is_waited_for(tmp_path):
+    cache = Cache(tmp_path / "cache", 1000)
+    with (tmp_path / "cache/locks" / shards._stripe("name")).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as the other process would
+        found = []
+        thread = threading.Thread(
+            target=lambda: found.append(cache.open("name", 4, "it", lambda p: p.write_bytes(b"mine")))
+        )
+        thread.start()
+        (tmp_path / "cache/name").write_bytes(b"hers")
+    thread.join()
+    assert found[0].read(0, 4) in (b"hers",)
+
+
+def test_failure_leaves_nothing_in_the_cache(tmp_path):
+    def make(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise ConnectionError("lost")
+
+    with pytest.raises(ConnectionError):
+        Cache(tmp_path / "cache", 1000).open("name", 10, "it", make)
+    assert cached(tmp_path) == []
+
+
+def test_an_index_in_object_storage_is_read_shard_by_shard(tmp_path, s3_url):
+    path = tmp_path / "0.parquet"
+    items = toy.samples(0, 4)
+    index = toy.write_index(f"{s3_url}/index", [(path, "parquet", toy.write_parquet(path, items))])
+    assert source(tmp_path, index.url).load(2, 0).image == items[2][1]
+    assert pq.read_metadata(path).num_rows == 4
