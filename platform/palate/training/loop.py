@@ -143,6 +143,8 @@ def train(
     world: World | None = None,
     *,
     identity: Mapping[str, Any] | None = None,
+    kept: Sequence[tuple[str, nn.Parameter]] = (),
+    before_step: Callable[[int], None] = lambda step: None,
     fresh: bool = False,
 ) -> TrainingSummary:
     """Train ``model`` in place; every rank calls it and ends with the same weights.
@@ -154,6 +156,8 @@ def train(
         loss: ``loss(model, samples, totals)`` of some samples, given the totals of the global batch.
         folder: path or URL for ``checkpoints/``, ``training.jsonl``, ``corrupt.jsonl`` and ``tensorboard/``.
         identity: JSON values of whatever else decides the result, such as the base model and the loss's options.
+        kept: what changes while training without being trained (averages of weights), to be in checkpoints too.
+        before_step: called on every rank before each update, with the update's number from 1.
         fresh: discard the checkpoints that are there.
 
     Raises:
@@ -164,7 +168,7 @@ def train(
     world = world or World()
     started = time.perf_counter()
     _check(groups)
-    named = [pair for group in groups for pair in group.parameters]
+    named = [pair for group in groups for pair in group.parameters] + list(kept)
     optimizer = torch.optim.AdamW(
         [{"params": [p for _, p in g.parameters], "lr": 0.0, "weight_decay": g.weight_decay} for g in groups],
         betas=config.betas,
@@ -189,6 +193,7 @@ def train(
             stack.callback(run_log.close)
         run = _Run(model, groups, stream, weigh, loss, config, world, optimizer, state, run_log)
         while state.step < config.steps:
+            before_step(state.step + 1)
             figures = run.step()
             if state.step % config.checkpoint_every == 0 or state.step == config.steps:
                 if run_log:

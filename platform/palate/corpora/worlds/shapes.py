@@ -205,7 +205,7 @@ def caption_splits(seed: int) -> dict[str, Split]:
 def draw_scene(asked: Asked, random: np.random.Generator) -> Scene:
     """A scene of what is asked; the rest uniform, the shape wholly inside the image."""
     radius = random.uniform(*RADII[asked.size])
-    left, right, top, bottom = _extent(asked.shape, radius)
+    left, right, top, bottom = extent(asked.shape, radius)
     return Scene(
         asked=asked,
         x=random.uniform(left, SIDE - right),
@@ -223,10 +223,15 @@ def paint(scenes: Sequence[Scene]) -> Array:
     images = np.empty((len(scenes), 3, SIDE, SIDE))
     rows, columns = np.mgrid[0:SIDE, 0:SIDE] + 0.5
     for image, scene in zip(images, scenes, strict=True):
-        covered = np.clip(0.5 - _distance(scene.asked.shape, columns - scene.x, rows - scene.y, scene.radius), 0, 1)
-        colour = colorsys.hsv_to_rgb(scene.hue / 360 % 1, scene.saturation, scene.value)
-        image[:] = scene.light + covered * (np.array(colour)[:, None, None] - scene.light)
+        covered = np.clip(0.5 - distance(scene.asked.shape, columns - scene.x, rows - scene.y, scene.radius), 0, 1)
+        colour = rgb(scene.hue, scene.saturation, scene.value)
+        image[:] = scene.light + covered * (colour[:, None, None] - scene.light)
     return images
+
+
+def rgb(hue: float, saturation: float, value: float) -> Array:
+    """Red, green and blue (3,) in [0, 1] of a hue in degrees, saturation and value in [0, 1]."""
+    return np.array(colorsys.hsv_to_rgb(hue / 360 % 1, saturation, value))
 
 
 def instruct(scene: Scene, random: np.random.Generator) -> tuple[str, Scene]:
@@ -482,7 +487,7 @@ def _as_saved(images: Array) -> Array:
 
 def _inside(scene: Scene) -> Scene:
     """The scene, moved so that the shape lies wholly inside the image."""
-    left, right, top, bottom = _extent(scene.asked.shape, scene.radius)
+    left, right, top, bottom = extent(scene.asked.shape, scene.radius)
     x, y = (float(np.clip(scene.x, left, SIDE - right)), float(np.clip(scene.y, top, SIDE - bottom)))
     return replace(scene, x=x, y=y)
 
@@ -491,7 +496,7 @@ def _inside(scene: Scene) -> Scene:
 _HALF_SIDE, _HEIGHT, _ARM, _ARM_WIDTH = 0.89, 0.78, 1.25, 0.42
 
 
-def _distance(shape: str, x: Array, y: Array, radius: float) -> Array:
+def distance(shape: str, x: Array, y: Array, radius: float) -> Array:
     """Signed distance (or a bound of it, outside of corners) of points from the outline, negative inside."""
     if shape == "circle":
         return np.hypot(x, y) - radius
@@ -504,7 +509,7 @@ def _distance(shape: str, x: Array, y: Array, radius: float) -> Array:
     return np.minimum(across, down)
 
 
-def _extent(shape: str, radius: float) -> tuple[float, float, float, float]:
+def extent(shape: str, radius: float) -> tuple[float, float, float, float]:
     """How far the shape reaches to the left, right, top and bottom of its centre."""
     if shape == "triangle":
         inner = _HEIGHT * radius
