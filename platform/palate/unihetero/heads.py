@@ -1,7 +1,7 @@
 """What stands around the language model: the projector, the heads, and the per-token diffusion head (MAR).
 
-Symbols: N tokens (positions), P visual tokens of an image, d width of the language model, d_s width of the vision encoder,
-z width of what a head predicts, c condition width.
+Symbols: N tokens (positions), P visual tokens of an image, d width of the language model, d_s width of the vision
+encoder, z width of what a head predicts, c condition width.
 """
 
 from collections.abc import Sequence
@@ -131,7 +131,8 @@ class Noise:
 def draw_noise(
     seeds: Sequence[int], tokens: int, width: int, draws: int, dropout: float, device: torch.device
 ) -> Noise:
-    """Noise for ``tokens`` tokens of each image, from the image's seed alone: neither ranks nor micro-batches matter."""
+    """Noise for ``tokens`` tokens of each image, from the image's seed alone: neither ranks nor micro-batches
+    matter."""
     times, epsilon, dropped = [], [], []
     generator = torch.Generator()
     for seed in seeds:
@@ -146,7 +147,8 @@ def draw_noise(
 
 class PixelDecoder(nn.Module):
     """Latent tokens from the visual embeddings of whole images: a bidirectional transformer over the P embeddings of an
-    image, then the per-token diffusion head. It stands outside of the language model, which gets no gradient from it."""
+    image, then the per-token diffusion head. It stands outside of the language model, which gets no gradient from
+    it."""
 
     def __init__(self, width: int, tokens: int, channels: int, head_width: int, blocks: int, layers: int = 2) -> None:
         super().__init__()
@@ -185,6 +187,8 @@ def _normed(values: Tensor) -> Tensor:
 
 def _sinusoids(times_N: Tensor, width: int) -> Tensor:
     """Transformer position embeddings (Vaswani et al. 2017) of times: (N, width)."""
-    frequencies = torch.exp(-torch.arange(width // 2, device=times_N.device) * (torch.log(torch.tensor(1e4)) / (width // 2)))
+    frequencies = torch.exp(
+        -torch.arange(width // 2, device=times_N.device) * (torch.log(torch.tensor(1e4)) / (width // 2))
+    )
     angles = times_N.float()[:, None] * frequencies
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, width % 2))

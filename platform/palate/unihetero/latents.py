@@ -19,8 +19,8 @@ def to_tokens(latents_NCHW: Tensor, tokens: int) -> Tensor:
     side = round(tokens**0.5)
     if side * side != tokens or height % side or width % side:
         raise ValueError(
-            f"latents of {height} x {width} cannot be cut into {tokens} equal patches: choose a resolution at which the "
-            "latents' side is a multiple of the visual tokens' side"
+            f"latents of {height} x {width} cannot be cut into {tokens} equal patches: choose a resolution at which "
+            "the latents' side is a multiple of the visual tokens' side"
         )
     high, wide = height // side, width // side
     cut = latents_NCHW.view(count, channels, side, high, side, wide).permute(0, 2, 4, 1, 3, 5)

@@ -5,10 +5,11 @@ what images hold (UniHetero, arXiv 2512.23512; what the paper leaves open is cho
     h = language model (causal, image tokens too)
     text     next token's cross-entropy
     semantic the state before a visual token predicts it: x_s ("encoder"), or e ("embedding", UniHetero's choice)
-    pixel    a diffusion head tells the image's latents from the states ("inside"), or from the embeddings, outside of the
-             language model, which gets no gradient ("decoder")
+    pixel    a diffusion head tells the image's latents from the states ("inside"), or from the embeddings, outside of
+             the language model, which gets no gradient ("decoder")
 
-Symbols: B rows, T tokens, I images of the batch in reading order, P visual tokens of an image, V = I · P, d and d_s widths.
+Symbols: B rows, T tokens, I images of the batch in reading order, P visual tokens of an image, V = I · P, d and d_s
+widths.
 """
 
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ class UniHeteroConfig(PreTrainedConfig):
 
     Args:
         image_tokens: P. The encoder's grid is averaged down to it where it is larger.
-        image_token_id, image_start_id, image_end_id: the placeholder of a visual token, and what stands around an image.
+        image_token_id, image_start_id, image_end_id: the placeholder of a visual token, and what stands around an
+            image.
         embed_scale: root mean square of the embeddings that the projector gives.
         semantic: what is predicted of the next visual token.
         semantic_loss: cosine: 1 - cos; mse: squared distance over the target's mean square; diffusion: MAR's head.
@@ -90,7 +92,8 @@ class UniHeteroConfig(PreTrainedConfig):
 @dataclass
 class UniHeteroOutput:
     """``states`` (B, T, d); ``logits`` (B, T, vocabulary) only without labels. Losses are sums over ``text_count``
-    supervised tokens or ``visual_count`` visual tokens; ``predicted`` and ``targets`` (V, z) are the semantic head's."""
+    supervised tokens or ``visual_count`` visual tokens; ``predicted`` and ``targets`` (V, z) are the semantic
+    head's."""
 
     states: Tensor
     logits: Tensor | None = None
@@ -118,7 +121,9 @@ class UniHeteroModel(PreTrainedModel):
         super().__init__(config)
         text = config.text_config
         if getattr(text, "final_logit_softcapping", None):
-            raise ValueError(f"a {text.model_type} caps its logits, which is not implemented: choose another language model")
+            raise ValueError(
+                f"a {text.model_type} caps its logits, which is not implemented: choose another language model"
+            )
         width, width_in = text.hidden_size, config.vision_config.hidden_size
         self.vision = AutoModel.from_config(config.vision_config)
         if getattr(self.vision, "pooler", None) is not None:

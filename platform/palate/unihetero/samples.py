@@ -1,8 +1,8 @@
 """Samples as the model reads them: a prefix with its images, and segments that each go on from it.
 
 Segments of one sample (a caption, questions with answers) see the prefix and themselves, not one another, so that one
-pass over an image serves several questions. Samples packed into a row see only themselves. Positions count from the start
-of a sample, and in each segment from the end of the prefix.
+pass over an image serves several questions. Samples packed into a row see only themselves. Positions count from the
+start of a sample, and in each segment from the end of the prefix.
 
 Symbols: B rows, T tokens, I images, P visual tokens, s feature width, c latent width.
 """
@@ -27,7 +27,9 @@ class Segment:
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.labels) or not self.ids or self.labels[0] != IGNORED:
-            raise ValueError("a segment has a label for each token, and none for the first: begin it with what is given")
+            raise ValueError(
+                "a segment has a label for each token, and none for the first: begin it with what is given"
+            )
 
     @staticmethod
     def answered(given: Sequence[int], answer: Sequence[int]) -> "Segment":

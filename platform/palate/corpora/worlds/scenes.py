@@ -9,9 +9,9 @@ question asks for one fact:
     at        "what is at upper-left"         a shape, or nothing
     count     "how many are there", "how many circles are there"
 
-The artifact holds WebDataset shards, ``KEY.png``, ``KEY.txt`` (the caption), ``KEY.json`` (``Described``), in a folder for
-each split: ``encoder`` to train a vision encoder without labels, ``train`` and ``validation`` and ``test`` for the model.
-Splits share no scene. Everything is a function of the seed.
+The artifact holds WebDataset shards, ``KEY.png``, ``KEY.txt`` (the caption), ``KEY.json`` (``Described``), in a
+folder for each split: ``encoder`` to train a vision encoder without labels, ``train`` and ``validation`` and ``test``
+for the model. Splits share no scene. Everything is a function of the seed.
 """
 
 import dataclasses
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from palate import artifacts
 from palate.artifacts import Artifact
@@ -130,6 +132,37 @@ def prepare(config: ScenesConfig) -> Artifact:
         writer.summary.update(counts)
 
     return artifacts.ensure(config.out, produce, kind=KIND, config=config, fresh=config.fresh)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The scenes of a split: keys, pixels (N, 3, SIDE, SIDE) uint8, what is in them, and their questions."""
+
+    keys: list[str]
+    images_N3HW: NDArray[np.uint8]
+    scenes: list[Described]
+    questions: list[list[Question]]
+
+
+def read_split(corpus: Artifact, split: str) -> Split:
+    """A split of a corpus, in its order; 3 kB of memory a scene."""
+    keys, images, described, questions = [], [], [], []
+    for path in corpus.paths(f"{split}/", ".tar"):
+        with tarfile.open(corpus.local(path)) as tar:
+            for member in tar:
+                content = tar.extractfile(member)
+                assert content is not None
+                key, _, suffix = member.name.partition(".")
+                if suffix == "png":
+                    with Image.open(content) as image:
+                        images.append(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+                elif suffix == "json":
+                    record = json.load(content)
+                    keys.append(key)
+                    objects = tuple(Object(**one) for one in record["objects"])
+                    described.append(Described(objects, record["light"]))
+                    questions.append([Question(**one) for one in record["questions"]])
+    return Split(keys, np.array(images, dtype=np.uint8), described, questions)
 
 
 def vocabulary() -> list[str]:

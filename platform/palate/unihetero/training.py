@@ -1,0 +1,248 @@
+"""Pretraining on the one train loop: parameter groups, what a sample weighs, the loss."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from palate.config import require_at_least, scale
+from palate.training import parallel
+from palate.training.loop import Group, LoopConfig, LossOutput, TrainingSummary, train
+from palate.training.parallel import Precision, World
+from palate.training.stream import Stream
+from palate.unihetero.arms import Arm
+from palate.unihetero.averages import Average
+from palate.unihetero.model import UniHeteroModel
+from palate.unihetero.objectives import (
+    ObjectiveConfig,
+    Weights,
+    collapse,
+    gradient_alignment,
+    total,
+    weights_at,
+)
+from palate.unihetero.samples import Sample, collate
+
+# What each stage trains: the projector alone, all but the encoder, the pixel decoder alone.
+Stage = Literal["projector", "joint", "pixels"]
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """How a stage is trained."""
+
+    stage: Stage = "joint"
+    """projector: a warm-up of the projector alone; joint: projector, language model and heads, also to tune on
+    instructions; pixels: the pixel decoder alone."""
+    steps: int = 1000
+    """Updates."""
+    batch: int = 64
+    """Samples, or packs, an update."""
+    learning_rate: float = 5e-4
+    """Peak rate."""
+    weight_decay: float = 0.01
+    """AdamW's."""
+    clip_norm: float = 1.0
+    """Of the gradient of each group: the language model with its projector, the semantic head, the pixel head."""
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """How the rate falls after the warm-up."""
+    warmup_ratio: float = 0.03
+    """Share of the steps over which it rises."""
+    precision: Precision = "fp32"
+    """bf16: the forward pass computes in bfloat16 where that is safe."""
+    spike_sigmas: float | None = 20.0
+    """Skip an update whose loss is so many robust deviations above the median; stop after three in a row."""
+    average: float | None = None
+    """Keep an average of the weights over the steps, with this exponent (see ``averages``), for what is evaluated."""
+    monitor_every: int = scale(0)
+    """Steps between looks at the targets (collapse) and at how the losses' gradients agree, by layer; 0: none."""
+    micro_batch: int = scale(16)
+    """Samples, or packs, that a rank takes through the model at once."""
+    checkpoint_every: int = scale(200)
+    """Steps between checkpoints."""
+    keep: int = scale(2)
+    """Checkpoints to keep."""
+    shard: bool = scale(False)
+    """Shard weights, gradients and moments over the ranks (FSDP2)."""
+    checkpoint_activations: bool = scale(False)
+    """Compute activations again in the backward pass rather than keep them."""
+    compile: bool = scale(False)
+    """torch.compile the language model's layers."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "steps", "batch", "micro_batch", "checkpoint_every", "keep")
+
+
+@dataclass
+class Pretraining:
+    """A model on its way: what the loop calls."""
+
+    model: UniHeteroModel
+    arm: Arm
+    objective: ObjectiveConfig
+    config: PretrainConfig
+    device: torch.device
+    weights: Weights = field(init=False)
+    average: Average | None = None
+    observe: Callable[[int], None] | None = None
+    stops: Sequence[int] = ()
+    look: bool = False
+
+    def before_step(self, step: int) -> None:
+        """What follows the update before, and the weights of the step's losses."""
+        if step > 1:
+            self.after_step(step - 1)
+        every = self.config.monitor_every
+        self.look = bool(every) and step % every == 0
+        self.weights = weights_at(step, self.config.steps, self.arm, self.objective)
+
+    def after_step(self, step: int) -> None:
+        """The averages of weights after ``step`` updates, and a look at the model where one is wanted."""
+        self.model.follow(self.objective.momentum)
+        if self.average is not None:
+            self.average.follow(step)
+        if self.observe is not None and step in self.stops:
+            self.model.eval()
+            with self.average.in_place() if self.average is not None else nullcontext():
+                self.observe(step)
+            self.model.train()
+
+    def weigh(self, unit: Sample | Sequence[Sample]) -> dict[str, float]:
+        samples = _samples(unit)
+        images = sum(sample.image_count for sample in samples)
+        weights = {
+            "text": float(sum(sample.supervised for sample in samples)),
+            "visual": float(images * self.model.config.image_tokens),
+            "tokens": float(sum(sample.length for sample in samples)),
+        }
+        return weights | {name: 1.0 for name, _ in parameters(self.model, self.config.stage)}
+
+    def loss(self, model: nn.Module, units: Sequence[Any], totals: Mapping[str, float]) -> LossOutput:
+        batch = collate([_samples(unit) for unit in units]).to(self.device)
+        output = model(**batch.arguments(), shuffled=self.arm.shuffled)
+        loss, metrics = total(output, self.weights, totals)
+        if self.look and output.targets is not None:
+            rows = len(output.targets)
+            for name, value in collapse(output, self.model.config.image_tokens).items():
+                metrics[f"targets/{name}"] = (value * rows, rows)
+        if self.look:
+            self.look = False  # one micro-batch is enough
+            metrics |= {name: (value, 1.0) for name, value in self.alignment(output).items()}
+        return LossOutput(loss, metrics)
+
+    def alignment(self, output: Any) -> dict[str, float]:
+        """How the gradients of the weighted losses agree in the language model."""
+        losses: dict[str, Tensor] = {"text": output.text_loss / max(1, output.text_count)}
+        for name, value, weight in (
+            ("semantic", output.semantic_loss, self.weights.semantic),
+            ("pixel", output.pixel_loss, self.weights.pixel),
+        ):
+            if value is not None and weight and value.requires_grad:
+                losses[name] = value * weight / output.visual_count
+        layers = {"projector": list(self.model.projector.parameters())}
+        layers |= {f"layer{n}": list(layer.parameters()) for n, layer in enumerate(self.model.decoder.layers)}
+        return gradient_alignment(losses, layers) if len(losses) > 1 else {}
+
+
+def parameters(model: UniHeteroModel, stage: Stage) -> list[tuple[str, list[tuple[str, nn.Parameter]]]]:
+    """The groups that a stage trains, each with its named parameters.
+
+    Heads have groups of their own, so that clipping what they need does not shorten what the language model gets.
+    """
+    owners = {"semantic_head": "heads", "branch": "heads", "pixel_head": "pixels"}
+    wanted = {"projector": ("language",), "joint": ("language", "heads", "pixels"), "pixels": ("pixels",)}[stage]
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in wanted}
+    for name, parameter in model.named_parameters():
+        first = name.partition(".")[0]
+        group = owners.get(first, "language")
+        if first in ("vision", "target_projector") or (stage == "projector" and first != "projector"):
+            continue
+        if first == "branch" and "embed_tokens" in name:
+            continue
+        if group in groups:
+            groups[group].append((name, parameter))
+    found = [(name, members) for name, members in groups.items() if members]
+    if not found:
+        raise ValueError(f"--stage {stage} has nothing to train: the arm has no such head (pixels: --arm decoder)")
+    return found
+
+
+def pretrain(
+    model: UniHeteroModel,
+    arm: Arm,
+    stream: Stream,
+    objective: ObjectiveConfig,
+    config: PretrainConfig,
+    folder: str,
+    world: World,
+    *,
+    seed: int = 0,
+    identity: Mapping[str, Any] | None = None,
+    stops: Sequence[int] = (),
+    observe: Callable[[int], None] | None = None,
+) -> TrainingSummary:
+    """Train ``model``, which is on ``world.device``, in place; every rank calls it.
+
+    Args:
+        stops: updates after which ``observe(update)`` is called, with the averaged weights in the model if there are
+            any; a run that starts again may call it again for what it repeats.
+
+    Raises:
+        TrainingStopped: a guard ended the run, with the ids of the samples.
+    """
+    model.train()
+    trained = {id(p) for _, members in parameters(model, config.stage) for _, p in members}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    blocks = [*model.decoder.layers, *(model.branch.layers if model.branch is not None else [])]
+    if config.checkpoint_activations:
+        parallel.checkpoint_activations(blocks)
+    if config.compile:
+        for block in blocks:
+            block.compile()
+    if config.shard and world.size > 1:
+        parallel.shard(model, blocks, world, config.precision)
+    members = [pair for _, pairs in parameters(model, config.stage) for pair in pairs]
+    average = None if config.average is None else Average(members, config.average)
+    run = Pretraining(model, arm, objective, config, world.device, average, observe, stops)
+    groups = [
+        Group(name, members, config.learning_rate, config.weight_decay, config.clip_norm)
+        for name, members in parameters(model, config.stage)
+    ]
+    kept = average.kept() if average is not None else []
+    if model.target_projector is not None:
+        kept += [(f"target_projector.{name}", p) for name, p in model.target_projector.named_parameters()]
+    loop = LoopConfig(
+        steps=config.steps,
+        seed=seed,
+        schedule=config.schedule,
+        warmup_ratio=config.warmup_ratio,
+        precision=config.precision,
+        spike_sigmas=config.spike_sigmas,
+        micro_batch=config.micro_batch,
+        checkpoint_every=config.checkpoint_every,
+        keep=config.keep,
+        label="pretraining",
+    )
+    summary = train(
+        model,
+        groups,
+        stream,
+        run.weigh,
+        run.loss,
+        loop,
+        folder,
+        world,
+        identity=identity,
+        kept=kept,
+        before_step=run.before_step,
+    )
+    run.after_step(config.steps)
+    return summary
+
+
+def _samples(unit: Any) -> Sequence[Sample]:
+    return unit if isinstance(unit, list | tuple) else [unit]
