@@ -8,11 +8,14 @@ A sample is dropped if it is within d of *any* earlier one, kept or not. So what
 whatever the parts, and of a chain of small changes only the first is left.
 """
 
+import io
 import itertools
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+
+from palate.corpora.pictures import as_seen
 
 BITS = 64
 SIDE, FREQUENCIES = 32, 8
@@ -32,6 +35,45 @@ Interval = tuple[int, int]  # of bits: the lowest, and how many
 
 _ANGLES = np.pi * np.outer(np.arange(FREQUENCIES), 2 * np.arange(SIDE) + 1) / (2 * SIDE)
 _COSINES = 2 * np.cos(_ANGLES)  # (8, 32): the type-II DCT's lowest frequencies
+
+
+# What is decoded: Pillow's other formats are no photographs, and some start other programs.
+DECODED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+class TooManyPixels(ValueError):
+    """A small file that would be a large image."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What an encoded image is: its size as people see it, its format and its pHash."""
+
+    width: int
+    height: int
+    format: str
+    hash: int | None
+
+
+def look_at(content: bytes, max_pixels: int) -> Look:
+    """Decode an image whole.
+
+    Raises:
+        TooManyPixels: there are more, by the image's header; nothing was decoded.
+        ValueError: the bytes are no image that can be decoded whole.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=DECODED) as image:
+            if image.width * image.height > max_pixels:
+                raise TooManyPixels(f"{image.width} x {image.height} pixels, --max-pixels {max_pixels}")
+            seen = as_seen(image)
+            return Look(seen.width, seen.height, image.format or "", perceptual_hash(seen))
+    except Image.DecompressionBombError as error:
+        raise TooManyPixels(str(error)) from None
+    except TooManyPixels:
+        raise
+    except Exception as error:  # on broken bytes Pillow's decoders raise almost anything
+        raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def perceptual_hash(image: Image.Image) -> int | None:

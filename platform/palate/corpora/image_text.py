@@ -1,0 +1,490 @@
+"""Image-text shards in the formats that publish them, read sample by sample.
+
+    tar       WebDataset: members key.jpg|jpeg|png|webp, key.txt, key.json, those of one key in a row
+    parquet   img2dataset, LAION, DataComp, COYO, Hugging Face: a column of encoded images and one of captions
+    llava     LLaVA: a JSON list or JSON Lines of {id, image, conversations}, images in files
+
+A reader yields what is whole and then raises ``Damaged`` where the shard is not. A sample that cannot be used carries
+the reason. Memory: a sample, or ``PARQUET_ROWS`` rows of a Parquet file.
+"""
+
+import codecs
+import hashlib
+import json
+import re
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from palate.artifacts import is_local, locate
+from palate.corpora.streams import CorpusError
+
+FormatName = Literal["tar", "parquet", "llava"]
+SUFFIXES: dict[str, FormatName] = {".tar": "tar", ".parquet": "parquet", ".json": "llava", ".jsonl": "llava"}
+IMAGES = ("jpg", "jpeg", "png", "webp")  # members of a tar, in the order in which one is taken
+PARQUET_ROWS = 32
+MAX_BYTES = 1 << 28  # of one member, cell or file: more is no photograph
+
+# The columns that published data sets have, the first that is there counts.
+IMAGE_COLUMNS = ("jpg", "image", "bytes", "jpeg", "png", "webp", "image_bytes", "img")
+CAPTION_COLUMNS = ("caption", "TEXT", "text", "txt")
+KEY_COLUMNS = ("key", "__key__", "uid", "id", "SAMPLE_ID", "sample_id")
+
+# Why a sample cannot be used. All but the last mean that it is broken.
+CUT_OFF = "cut off with its shard"
+RECORD = "a record that cannot be read"
+MEMBERS = "members that do not make one sample"
+NO_IMAGE = "no image"
+NOT_UTF8 = "a caption that is not UTF-8"
+NO_CAPTION = "no caption"
+TOO_LARGE = f"a file of more than {MAX_BYTES >> 20} MiB"
+NOT_ONE_IMAGE = "a record without an image, or with several"
+
+
+class Damaged(Exception):
+    """The rest of a shard cannot be read; the message says why."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A sample of a shard. ``place`` has the index's columns that say where it is, ``columns`` what filters look at."""
+
+    key: str
+    image: bytes = b""
+    length: int = 0  # of the caption, in characters
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    place: Mapping[str, int] = field(default_factory=dict)
+    reason: str | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of samples. ``version`` changes when the file does."""
+
+    url: str
+    format: FormatName
+    version: str
+    root: str = ""  # llava: what image paths are relative to
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Of Parquet shards: where the image and the caption are."""
+
+    image: str
+    caption: str
+
+
+def expand(inputs: Sequence[str], images: str) -> list[Shard]:
+    """The shards that paths and patterns name, each once, in the order of their names.
+
+    Raises:
+        CorpusError: nothing is there, or it is none of the formats.
+    """
+    found: dict[str, Shard] = {}
+    for given in inputs:
+        filesystem, path = locate(given)
+        names = filesystem.glob(path) if any(sign in given for sign in "*?[") else [path]
+        if not names or not filesystem.exists(names[0]):
+            raise CorpusError(f"--input {given}: there is no such file")
+        for name in sorted(names):
+            if filesystem.isdir(name):
+                raise CorpusError(
+                    f"--input {name}: found a folder, expected files: give a pattern such as '{name}/*.tar'"
+                )
+            url = name if is_local(filesystem) else str(filesystem.unstrip_protocol(name))
+            format_ = _format(url)
+            if format_ == "llava" and not images:
+                raise CorpusError(
+                    f"--input {url}: LLaVA records name image files: say under which folder, --images ROOT"
+                )
+            root = images if format_ == "llava" else ""
+            found[url] = Shard(url, format_, version_of(filesystem, name), root)
+    return [found[url] for url in sorted(found)]
+
+
+def _format(url: str) -> FormatName:
+    suffix = Path(url).suffix.lower()
+    if suffix in (".gz", ".tgz", ".bz2", ".xz", ".zst"):
+        raise CorpusError(f"--input {url}: samples inside compressed files cannot be reached one by one: decompress it")
+    if suffix not in SUFFIXES:
+        raise CorpusError(f"--input {url}: found the suffix {suffix!r}, expected one of {', '.join(SUFFIXES)}")
+    return SUFFIXES[suffix]
+
+
+def version_of(filesystem: Any, path: str) -> str:
+    """What changes when a file does, without reading it: its size and its time, or its ETag in an object store."""
+    info = filesystem.info(path)
+    mark = next((str(info[name]) for name in ("ETag", "etag", "mtime", "LastModified", "updated") if name in info), "")
+    return f"{info['size']} {mark}"
+
+
+@contextmanager
+def local_file(url: str) -> Iterator[Path]:
+    """The file on a local disk: where it is, or a copy for as long as the context lasts.
+
+    Raises:
+        CorpusError: it is not there.
+    """
+    filesystem, path = locate(url)
+    if not filesystem.isfile(path):
+        raise CorpusError(f"{url}: there is no such file")
+    if is_local(filesystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="palate-") as folder:
+        copy = Path(folder) / Path(path).name
+        with filesystem.open(path, "rb") as source, copy.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+        yield copy
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read(shard: Shard, file: Path, columns: Columns | None, wanted: Sequence[str]) -> Iterator[Found]:
+    """The samples of a shard whose content is in ``file``.
+
+    Args:
+        columns: of Parquet shards.
+        wanted: further columns of Parquet shards, where there are such.
+
+    Raises:
+        Damaged: after what is whole.
+    """
+    if shard.format == "tar":
+        return read_tar(file)
+    if shard.format == "llava":
+        return read_llava(file, shard.root)
+    assert columns is not None
+    return read_parquet(file, columns, wanted)
+
+
+# WebDataset
+
+
+@dataclass(frozen=True)
+class _Member:
+    suffix: str
+    offset: int
+    size: int
+
+
+def read_tar(file: Path) -> Iterator[Found]:
+    """The samples of a tar: ustar, GNU or PAX. A key is a member's path up to the first dot of its name, as in
+    ``webdataset``; a member called ``key.a.jpg`` is taken where there is no ``key.jpg`` and no other such.
+
+    Raises:
+        Damaged: after what is whole.
+    """
+    size = file.stat().st_size
+    key, group, before = "", list[_Member](), list[_Member]()
+    with file.open("rb") as stream:
+        try:
+            for name, member in _members(stream):
+                split = split_name(name)
+                if split is None:
+                    continue
+                if split[0] != key and group:
+                    yield _tar_sample(stream, key, group)
+                    before, group = group, []
+                key = split[0]
+                group.append(_Member(split[1], member.offset_data, member.size))
+                if member.offset_data + member.size > size:
+                    raise Damaged(f"it ends inside {name}, at byte {size}")
+        except Damaged:
+            # The sample before the cut may lack members that lay behind it: compare with the one before.
+            inside = bool(group) and group[-1].offset + group[-1].size > size
+            if group and not inside and {one.suffix for one in group} == {one.suffix for one in before}:
+                yield _tar_sample(stream, key, group)
+            elif group:
+                yield Found(key, reason=CUT_OFF)
+            raise
+        if group:
+            yield _tar_sample(stream, key, group)
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and suffix, in lower case, of a tar member's name; None where it belongs to no sample."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    if not stem or not suffix or (base.startswith("__") and base.endswith("__")):
+        return None
+    return folder + slash + stem, suffix.lower()
+
+
+def _members(stream: IO[bytes]) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """The regular files of a tar, up to the block that ends it. (``TarFile.next`` takes what is no header for an end.)
+
+    Raises:
+        Damaged: there is no such block.
+    """
+    try:
+        # Opening reads the first header.
+        tar = tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="replace")  # noqa: SIM115
+    except tarfile.ReadError as error:
+        raise Damaged(f"no tar file that can be read ({error})") from None
+    offset = 0
+    while True:
+        stream.seek(offset)
+        try:
+            member = tarfile.TarInfo.fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            return
+        except (tarfile.HeaderError, ValueError) as error:
+            raise Damaged(f"found no header of a member at byte {offset} ({error})") from None
+        offset = tar.offset
+        if member.isreg():
+            yield member.name, member
+
+
+def _tar_sample(stream: IO[bytes], key: str, members: Sequence[_Member]) -> Found:
+    suffixes = [member.suffix for member in members]
+    if len(set(suffixes)) < len(suffixes):
+        return Found(key, reason=MEMBERS, detail=f"found twice the same of {', '.join(suffixes)}")
+    places = dict[str, int]()
+    contents = dict[str, bytes]()
+    for role, names in (("image", IMAGES), ("text", ("txt",)), ("json", ("json",))):
+        chosen = [one for name in names for one in members if one.suffix == name][:1] or [
+            one for one in members if one.suffix.rpartition(".")[2] in names
+        ]
+        if len(chosen) > 1:
+            return Found(key, reason=MEMBERS, detail=f"found {', '.join(suffixes)} and none is just {names[0]}")
+        if chosen and chosen[0].size > MAX_BYTES:
+            return Found(key, reason=TOO_LARGE, detail=f"{chosen[0].suffix}: {chosen[0].size} bytes")
+        places[f"{role}_offset"] = chosen[0].offset if chosen else -1
+        places[f"{role}_size"] = chosen[0].size if chosen else -1
+        if chosen:
+            stream.seek(chosen[0].offset)
+            contents[role] = stream.read(chosen[0].size)
+    if "image" not in contents:
+        return Found(key, reason=NO_IMAGE, detail=f"found {', '.join(suffixes)}")
+    try:
+        record = json.loads(contents.get("json", b"{}"))
+        if not isinstance(record, dict):
+            raise ValueError(f"found {type(record).__name__}, expected an object")
+    except (ValueError, RecursionError) as error:
+        return Found(key, reason=RECORD, detail=f"json: {error}")
+    found = Found(key, contents["image"], columns=record, place=places)
+    if "text" not in contents:
+        length = _said(record)
+        return replace(found, length=length) if length else replace(found, reason=NO_CAPTION, detail="no txt")
+    return _captioned(found, contents["text"])
+
+
+def _captioned(found: Found, caption: Any) -> Found:
+    """With the caption's length, or with what is wrong with it."""
+    try:
+        text = caption.decode() if isinstance(caption, bytes) else caption
+    except UnicodeDecodeError as error:
+        return replace(found, reason=NOT_UTF8, detail=str(error))
+    if text is not None and not isinstance(text, str):
+        return replace(found, reason=RECORD, detail=f"caption: found {type(text).__name__}, expected text")
+    if text is None or not text.strip():
+        return replace(found, reason=NO_CAPTION)
+    return replace(found, length=len(text))
+
+
+# Parquet
+
+
+def parquet_columns(url: str, image: str, caption: str) -> Columns:
+    """The names of the columns of a Parquet file with the image and the caption; those that are given are looked for.
+
+    Raises:
+        CorpusError: there is no such column; the message names those that there are.
+    """
+    try:
+        filesystem, path = locate(url)
+        with filesystem.open(path, "rb") as stream:
+            schema = pq.read_schema(stream)
+    except (pa.ArrowException, OSError) as error:
+        raise CorpusError(f"{url}: no Parquet file that can be read ({error})") from None
+    images = [
+        name for name in ([image] if image else IMAGE_COLUMNS) if name in schema.names and _holds_bytes(schema, name)
+    ]
+    captions = [name for name in ([caption] if caption else CAPTION_COLUMNS) if name in schema.names]
+    listed = ", ".join(f"{one.name} ({one.type})" for one in schema)
+    if not images:
+        raise CorpusError(
+            f"{url}: found the columns {listed}; expected encoded images in {image or ', '.join(IMAGE_COLUMNS)}. Where "
+            "there are URLs only, fetch the images first (img2dataset); else name the column, --image-column"
+        )
+    if not captions:
+        raise CorpusError(
+            f"{url}: found the columns {listed}; expected captions in {caption or ', '.join(CAPTION_COLUMNS)}: name the "
+            "column, --caption-column"
+        )
+    return Columns(images[0], captions[0])
+
+
+def _holds_bytes(schema: pa.Schema, name: str) -> bool:
+    kind = schema.field(name).type
+    if pa.types.is_struct(kind):  # Hugging Face's {bytes, path}
+        return kind.get_field_index("bytes") >= 0
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def read_parquet(file: Path, columns: Columns, wanted: Sequence[str]) -> Iterator[Found]:
+    """The rows of a Parquet file, with those of the ``wanted`` columns that it has.
+
+    Raises:
+        Damaged: after what is whole.
+        CorpusError: it has no column of the images or captions.
+    """
+    try:
+        # A row group's column is read as it is needed, not whole.
+        with pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as parquet:
+            names = parquet.schema_arrow.names
+            if missing := {columns.image, columns.caption} - set(names):
+                raise CorpusError(
+                    f"{file}: found no column {min(missing)!r}, but {', '.join(names)}: all shards need it"
+                )
+            keys = [name for name in KEY_COLUMNS if name in names][:1]
+            others = [name for name in wanted if name in names]
+            read_now = list(dict.fromkeys([columns.image, columns.caption, *keys, *others]))
+            row = 0
+            for batch in parquet.iter_batches(PARQUET_ROWS, columns=read_now):
+                for index in range(batch.num_rows):
+                    values = {name: batch.column(name)[index].as_py() for name in read_now}
+                    key = str(values[keys[0]]) if keys else f"{row:09d}"
+                    yield _parquet_sample(key, row, values, columns, {name: values[name] for name in others})
+                    row += 1
+    except (pa.ArrowException, OSError) as error:
+        raise Damaged(f"no Parquet file that can be read whole ({error})") from None
+
+
+def _parquet_sample(
+    key: str, row: int, values: Mapping[str, Any], columns: Columns, others: Mapping[str, Any]
+) -> Found:
+    image = cell_bytes(values[columns.image])
+    found = Found(key, image or b"", columns=others, place={"row": row})
+    if not image:
+        return replace(found, reason=NO_IMAGE)
+    if len(image) > MAX_BYTES:
+        return replace(found, image=b"", reason=TOO_LARGE, detail=f"{len(image)} bytes")
+    return _captioned(found, values[columns.caption])
+
+
+def cell_bytes(cell: Any) -> bytes | None:
+    """The encoded image in a cell: bytes, or Hugging Face's {bytes, path}."""
+    return cell.get("bytes") if isinstance(cell, dict) else cell
+
+
+# LLaVA
+
+
+def read_llava(file: Path, root: str) -> Iterator[Found]:
+    """The records of a JSON list or of JSON Lines, with their images from files under ``root``.
+
+    Raises:
+        Damaged: after what is whole.
+    """
+    with file.open("rb") as stream:
+        ranges = _list_ranges(stream) if _starts_with_list(stream) else _line_ranges(stream)
+        for number, (offset, content) in enumerate(ranges):
+            place = {"json_offset": offset, "json_size": len(content)}
+            try:
+                record = json.loads(content)
+            except (ValueError, RecursionError) as error:
+                yield Found(str(number), place=place, reason=RECORD, detail=str(error))
+                continue
+            if not isinstance(record, dict):
+                detail = f"found {type(record).__name__}, expected an object"
+                yield Found(str(number), place=place, reason=RECORD, detail=detail)
+                continue
+            key = str(record.get("id", number))
+            yield _llava_sample(Found(key, columns=record, place=place), record, root)
+
+
+def _llava_sample(found: Found, record: Mapping[str, Any], root: str) -> Found:
+    image = record.get("image")
+    if image is None or isinstance(image, list):
+        return replace(found, reason=NOT_ONE_IMAGE)
+    if not isinstance(image, str) or image.startswith("/") or ".." in image.split("/"):
+        return replace(found, reason=RECORD, detail=f"image: found {image!r}, expected a path under --images")
+    length = _said(record)
+    if not length:
+        return replace(found, reason=NO_CAPTION, detail="expected conversations of {from, value}")
+    filesystem, inside = locate(root)
+    try:
+        content = filesystem.cat_file(f"{inside}/{image}", start=0, end=MAX_BYTES + 1)
+    except (FileNotFoundError, IsADirectoryError):
+        return replace(found, reason=NO_IMAGE, detail=f"there is no file {image}")
+    if len(content) > MAX_BYTES:
+        return replace(found, reason=TOO_LARGE, detail=image)
+    return replace(found, image=content, length=length)
+
+
+def _said(record: Mapping[str, Any]) -> int:
+    """Characters of the conversations of LLaVA's {from, value}; 0 where there are none."""
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return 0
+    values = [turn.get("value") for turn in turns]
+    return sum(len(value) for value in values) if all(isinstance(value, str) for value in values) else 0
+
+
+def _starts_with_list(stream: IO[bytes]) -> bool:
+    """Whether it is a JSON list; the stream then stands behind a byte order mark, if there is one."""
+    start = 3 if stream.read(3) == codecs.BOM_UTF8 else 0
+    stream.seek(start)
+    while (block := stream.read(4096)) and not block.strip():
+        pass
+    stream.seek(start)
+    return block.lstrip()[:1] == b"["
+
+
+def _line_ranges(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    offset = stream.tell()
+    for line in stream:
+        if content := line.strip():
+            yield offset + line.index(content), content
+        offset += len(line)
+
+
+def _list_ranges(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Offset and bytes of each element of a JSON list.
+
+    Raises:
+        Damaged: it is cut off, or broken.
+    """
+    decoder = json.JSONDecoder()
+    # Latin-1 has one character a byte, and JSON's own signs are ASCII: ends of values are found without decoding.
+    start = stream.tell()
+    text = stream.read(_BLOCK).decode("latin-1")
+    position = text.index("[") + 1
+    while True:
+        position = _SPACE.match(text, position).end()  # type: ignore[union-attr]
+        if text[position : position + 1] == "]":
+            return
+        try:
+            value_end = decoder.raw_decode(text, position)[1]
+            behind = _SPACE.match(text, value_end).end()  # type: ignore[union-attr]
+        except (ValueError, RecursionError) as error:
+            problem, behind = str(error), len(text)
+        else:
+            problem = f"found {text[behind : behind + 1]!r} behind an element"
+        if text[behind : behind + 1] in ("]", ","):
+            yield start + position, text[position:value_end].encode("latin-1")
+            position = behind + (text[behind] == ",")
+            continue
+        more = stream.read(max(_BLOCK, len(text) - position)) if len(text) - position <= MAX_BYTES else b""
+        if not more:
+            raise Damaged(f"the JSON list is cut off or broken at byte {start + position} ({problem})")
+        start, text, position = start + position, text[position:] + more.decode("latin-1"), 0
+
+
+_BLOCK = 1 << 20
+_SPACE = re.compile(r"[ \t\r\n]*")
