@@ -119,3 +119,17 @@ def mixed(folder, counts=(5, 4, 6), **options):
         ),
     ]
     return write_index(folder / "index", shards), [item for some in items for item in some]
+
+
+def remote(folder, url, formats=("tar", "parquet", "tar"), count=6):
+    """Shards in a bucket with their index on the local disk; returns the index and the samples."""
+    filesystem, bucket = artifacts.locate(url)
+    made, items = [], []
+    for number, form in enumerate(formats):
+        some = samples(number * count, count)
+        path = folder / f"{number}.{form}"
+        rows = {"tar": write_tar, "parquet": write_parquet}[form](path, some)
+        filesystem.put_file(str(path), f"{bucket}/{path.name}")
+        made.append((path, form, rows, f"{url}/{path.name}"))
+        items += some
+    return write_index(folder / "index", made), items

@@ -198,22 +198,8 @@ def test_equal_fingerprints_and_values_on_1_and_3_ranks(tmp_path):
     assert sorted(epoch) == [f"{n:06d}" for n in range(33)]
 
 
-def remote(folder, url, formats=("tar", "parquet", "tar"), count=6):
-    """Shards in a bucket with their index on the local disk; returns the index and the samples."""
-    filesystem, bucket = artifacts.locate(url)
-    made, items = [], []
-    for number, form in enumerate(formats):
-        some = toy.samples(number * count, count)
-        path = folder / f"{number}.{form}"
-        rows = {"tar": toy.write_tar, "parquet": toy.write_parquet}[form](path, some)
-        filesystem.put_file(str(path), f"{bucket}/{path.name}")
-        made.append((path, form, rows, f"{url}/{path.name}"))
-        items += some
-    return toy.write_index(folder / "index", made), items
-
-
 def test_remote_shards_are_fetched_once_and_bounded(tmp_path, s3_url):
-    index, items = remote(tmp_path, s3_url)
+    index, items = toy.remote(tmp_path, s3_url)
     images = source(tmp_path, index)
     assert [images.load(place, 0).image for place in range(18)] == [item[1] for item in items]
     assert len(cached(tmp_path)) == 3
@@ -227,7 +213,7 @@ def test_remote_shards_are_fetched_once_and_bounded(tmp_path, s3_url):
 
 
 def test_the_bound_holds_and_what_was_used_last_stays(tmp_path, s3_url):
-    index, items = remote(tmp_path, s3_url, formats=("tar",) * 4)
+    index, items = toy.remote(tmp_path, s3_url, formats=("tar",) * 4)
     size = (tmp_path / "0.tar").stat().st_size
     images = source(tmp_path, index, max_bytes=2 * size + 100)
     order = [0, 6, 0, 12, 0, 18, 6, 1, 13, 19, 7]
@@ -240,7 +226,7 @@ def test_the_bound_holds_and_what_was_used_last_stays(tmp_path, s3_url):
 
 
 def test_a_shard_larger_than_the_cache_names_the_flag(tmp_path, s3_url):
-    index, _ = remote(tmp_path, s3_url)
+    index, _ = toy.remote(tmp_path, s3_url)
     with pytest.raises(CacheTooSmall, match=r"shard s3://.*0.tar takes .* raise --cache-gb"):
         source(tmp_path, index, max_bytes=100).load(0, 0)
     with pytest.raises(CacheTooSmall, match=r"shard s3://.*1.parquet"):
@@ -248,7 +234,7 @@ def test_a_shard_larger_than_the_cache_names_the_flag(tmp_path, s3_url):
 
 
 def test_a_remote_shard_that_changed_or_went_is_an_error(tmp_path, s3_url, monkeypatch):
-    index, _ = remote(tmp_path, s3_url)
+    index, _ = toy.remote(tmp_path, s3_url)
     filesystem, bucket = artifacts.locate(s3_url)
     content = (tmp_path / "0.tar").read_bytes()
     filesystem.pipe_file(f"{bucket}/0.tar", content[:-1] + b"x")

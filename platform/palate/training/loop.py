@@ -26,6 +26,7 @@ from palate.config import identity as identity_fields
 from palate.config import scale
 from palate.training import guards, parallel
 from palate.training.checkpoints import Store
+from palate.training.loading import Ahead
 from palate.training.logging import RunLog
 from palate.training.parallel import Precision, World
 from palate.training.stream import Cursor, Loaded, Stream, Unit, part
@@ -65,11 +66,17 @@ class LoopConfig:
     """Write TensorBoard's event files beside the JSON lines."""
     label: str = scale("training")
     """What the progress bar is called."""
+    read_ahead: int = scale(0)
+    """Steps whose samples are loaded while others are computed; 0: each step loads its own first."""
+    readers: int = scale(4)
+    """Threads that load samples ahead."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "micro_batch", "checkpoint_every", "keep"):
+        for name in ("steps", "micro_batch", "checkpoint_every", "keep", "readers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.read_ahead < 0:
+            raise ValueError(f"read_ahead must be at least 0, got {self.read_ahead}")
 
 
 @dataclass(frozen=True)
@@ -191,7 +198,9 @@ def train(
         if world.main and resumed < config.steps:
             run_log = RunLog(str(folder), config.steps, resumed, config.label, config.tensorboard)
             stack.callback(run_log.close)
-        run = _Run(model, groups, stream, weigh, loss, config, world, optimizer, state, run_log)
+        ahead = {"steps": config.read_ahead, "readers": config.readers}
+        data = stack.enter_context(Ahead(stream, state.cursors, world.rank, world.size, **ahead))
+        run = _Run(model, groups, stream, data, weigh, loss, config, world, optimizer, state, run_log)
         while state.step < config.steps:
             before_step(state.step + 1)
             figures = run.step()
@@ -235,6 +244,7 @@ class _Run:
     model: nn.Module
     groups: Sequence[Group]
     stream: Stream
+    data: Ahead
     weigh: Weigh
     loss: Loss
     config: LoopConfig
@@ -248,10 +258,10 @@ class _Run:
 
     def step(self) -> dict[str, float]:
         """One update; returns the step, the loss and the metrics of the global batch."""
-        state, number = self.state, self.state.step + 1
-        units, cursors = self.stream.plan(state.cursors)
+        state, number, started = self.state, self.state.step + 1, time.perf_counter()
+        units, cursors, loaded = self.data.take()
+        waited = time.perf_counter() - started
         mine = part(units, self.world.rank, self.world.size)
-        loaded = [self.stream.load(unit) for unit in mine]
         totals = self._totals(loaded)
         active = [group for group in self.groups if totals.get(group.name, 0) > 0]
         if totals and not totals.keys() & {group.name for group in self.groups}:
@@ -285,6 +295,7 @@ class _Run:
                 "epochs": {s.name: cursor.epoch for s, cursor in zip(self.stream.sources, cursors, strict=True)},
                 "fingerprint": self.stream.fingerprint(units),
                 "skipped": not accepted,
+                "data_wait": round(waited / (time.perf_counter() - started), 4),
             }
             self.log.step(row, {"samples": sum(len(unit.indices) for unit in units), **totals})
         return {"step": number, "loss": loss, **metrics}
