@@ -8,7 +8,7 @@ from tyro.conf import subcommand
 
 from palate import config as configs
 from palate.artifacts import Artifact, ArtifactError
-from palate.corpora import git, jsonl, lamp, longlamp
+from palate.corpora import captions, git, jsonl, lamp, longlamp
 from palate.corpora.preparation import PrepareConfig, Recipe, Runner, prepare, run_local
 from palate.corpora.streams import CorpusError
 from palate.corpora.worlds import personas, shapes
@@ -20,6 +20,7 @@ Command = (
     | Annotated[jsonl.JsonlConfig, subcommand("jsonl")]
     | Annotated[git.GitConfig, subcommand("git")]
     | Annotated[rankings.RankingsConfig, subcommand("rankings")]
+    | Annotated[captions.CaptionsConfig, subcommand("captions")]
     | Annotated[personas.PersonasConfig, subcommand("personas")]
     | Annotated[shapes.ShapesConfig, subcommand("shapes")]
 )
@@ -31,6 +32,10 @@ def from_records(recipe: Callable[[Any], Recipe], config: PrepareConfig) -> Arti
 
 def from_rankings(config: rankings.RankingsConfig) -> Artifact:
     return rankings.prepare(config, runner_for(config))
+
+
+def from_captions(config: captions.CaptionsConfig) -> Artifact:
+    return captions.prepare(config, runner_for(config))
 
 
 def runner_for(config: PrepareConfig) -> Runner:
@@ -46,6 +51,7 @@ MAKE: dict[type, Callable[[Any], Artifact]] = {
     jsonl.JsonlConfig: partial(from_records, jsonl.recipe),
     git.GitConfig: partial(from_records, git.recipe),
     rankings.RankingsConfig: from_rankings,
+    captions.CaptionsConfig: from_captions,
     personas.PersonasConfig: personas.prepare,
     shapes.ShapesConfig: shapes.prepare,
 }

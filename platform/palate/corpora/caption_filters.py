@@ -124,15 +124,22 @@ class Limits:
             given[role] = (name,)
         return {**COLUMNS, **given}
 
-    def filters(self) -> dict[str, tuple[str, float | None, float | None]]:
+    def filters(self) -> dict[str, tuple[str, float, float]]:
         """Of each filter on a number that is asked for: reason, least and greatest value."""
-        every = {
-            "unsafe": (UNSAFE, None, self.max_unsafe),
-            "watermark": (WATERMARK, None, self.max_watermark),
-            "similarity": (SIMILARITY, self.min_similarity, None),
-            "aesthetic": (AESTHETIC, self.min_aesthetic, None),
-        }
-        return {role: bounds for role, bounds in every.items() if bounds[1:] != (None, None)}
+        found: dict[str, tuple[str, float, float]] = {}
+        for role, reason, greatest in (
+            ("unsafe", UNSAFE, self.max_unsafe),
+            ("watermark", WATERMARK, self.max_watermark),
+        ):
+            if greatest is not None:
+                found[role] = (reason, -math.inf, greatest)
+        for role, reason, least in (
+            ("similarity", SIMILARITY, self.min_similarity),
+            ("aesthetic", AESTHETIC, self.min_aesthetic),
+        ):
+            if least is not None:
+                found[role] = (reason, least, math.inf)
+        return found
 
 
 class ColumnFilters:
@@ -172,8 +179,7 @@ class ColumnFilters:
             reason = LANGUAGE
         for role, (name, least, greatest) in self._filters.items():
             number = _number(self.value(columns, role))
-            passes = number is not None and (least is None or number >= least)
-            if not (passes and (greatest is None or number <= greatest)):
+            if number is None or not least <= number <= greatest:
                 reason = reason or name
         if self._samples == PATIENCE:
             self.finish()

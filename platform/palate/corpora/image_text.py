@@ -299,34 +299,51 @@ def _captioned(found: Found, caption: Any) -> Found:
 # Parquet
 
 
-def parquet_columns(url: str, image: str, caption: str) -> Columns:
-    """The names of the columns of a Parquet file with the image and the caption; those that are given are looked for.
+def image_column(url: str, given: str) -> str:
+    """The name of the column of a Parquet file with the encoded images; one that is ``given`` is looked for.
 
     Raises:
-        CorpusError: there is no such column; the message names those that there are.
+        CorpusError: there is none; the message names those that there are.
+        Damaged: it is no Parquet file.
     """
+    schema = _schema(url)
+    for name in [given] if given else IMAGE_COLUMNS:
+        if name in schema.names and _holds_bytes(schema, name):
+            return name
+    raise CorpusError(
+        f"{url}: found the columns {_listed(schema)}; expected encoded images in {given or ', '.join(IMAGE_COLUMNS)}. "
+        "Where there are URLs only, fetch the images first (img2dataset); else name the column, --image-column"
+    )
+
+
+def caption_column(url: str, given: str) -> str:
+    """The name of the column of a Parquet file with the captions; one that is ``given`` is looked for.
+
+    Raises:
+        CorpusError: there is none; the message names those that there are.
+        Damaged: it is no Parquet file.
+    """
+    schema = _schema(url)
+    for name in [given] if given else CAPTION_COLUMNS:
+        if name in schema.names:
+            return name
+    raise CorpusError(
+        f"{url}: found the columns {_listed(schema)}; expected text in {given or ', '.join(CAPTION_COLUMNS)}: name the "
+        "column, --caption-column"
+    )
+
+
+def _schema(url: str) -> pa.Schema:
+    filesystem, path = locate(url)
     try:
-        filesystem, path = locate(url)
         with filesystem.open(path, "rb") as stream:
-            schema = pq.read_schema(stream)
+            return pq.read_schema(stream)
     except (pa.ArrowException, OSError) as error:
-        raise CorpusError(f"{url}: no Parquet file that can be read ({error})") from None
-    images = [
-        name for name in ([image] if image else IMAGE_COLUMNS) if name in schema.names and _holds_bytes(schema, name)
-    ]
-    captions = [name for name in ([caption] if caption else CAPTION_COLUMNS) if name in schema.names]
-    listed = ", ".join(f"{one.name} ({one.type})" for one in schema)
-    if not images:
-        raise CorpusError(
-            f"{url}: found the columns {listed}; expected encoded images in {image or ', '.join(IMAGE_COLUMNS)}. Where "
-            "there are URLs only, fetch the images first (img2dataset); else name the column, --image-column"
-        )
-    if not captions:
-        raise CorpusError(
-            f"{url}: found the columns {listed}; expected captions in {caption or ', '.join(CAPTION_COLUMNS)}: name the "
-            "column, --caption-column"
-        )
-    return Columns(images[0], captions[0])
+        raise Damaged(f"no Parquet file that can be read ({error})") from None
+
+
+def _listed(schema: pa.Schema) -> str:
+    return ", ".join(f"{one.name} ({one.type})" for one in schema)
 
 
 def _holds_bytes(schema: pa.Schema, name: str) -> bool:
