@@ -124,9 +124,11 @@ def earliest_near(hashes: Hashes, positions: Positions, distance: int, band: Int
     first = np.full(len(unique), LAST)
     np.minimum.at(first, inverse, positions)
     search = _Search(unique, first, first.copy(), distance)
-    if distance and band is not None:
+    if not distance or not len(unique):
+        return np.asarray(search.best[inverse])
+    if band is not None:
         search.equal_in(band, np.arange(len(unique)), [(0, BITS)])
-    elif distance:
+    else:
         search.among(np.arange(len(unique)), [(0, BITS)])
     return np.asarray(search.best[inverse])
 
