@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -163,6 +164,33 @@ def test_parquet_images_in_structs_and_row_groups_of_any_size(tmp_path):
         for place in (149, 0, 64, 63, 128, 6, 7):
             assert images.load(place, 0).image == items[place][1]
             assert images.load(place, 0).text == items[place][2]
+
+
+def test_of_a_damaged_parquet_shard_the_rows_that_were_indexed_are_there(tmp_path):
+    path, items = tmp_path / "0.parquet", [(f"{n:06d}", toy.jpeg(n, size=60), "é") for n in range(96)]
+    rows = toy.write_parquet(path, items, group=32)
+    last = pq.read_metadata(path).row_group(2).column(1)
+    content = bytearray(path.read_bytes())
+    content[last.data_page_offset : last.data_page_offset + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    images = source(tmp_path, toy.write_index(tmp_path / "index", [(path, "parquet", rows[:64])]))
+    assert (images.load(63, 0).image, images.load(63, 0).text) == (items[63][1], "é")
+    beyond = source(tmp_path, toy.write_index(tmp_path / "beyond", [(path, "parquet", rows)]))
+    with pytest.raises(IndexMismatch, match="it has no row 64"):
+        beyond.load(64, 0)
+
+
+def test_a_caption_that_is_not_utf8_is_a_corrupt_sample_and_no_more(tmp_path):
+    path = tmp_path / "0.parquet"
+    table = pa.table({"jpg": [toy.jpeg(0), toy.jpeg(1)], "caption": pa.array([b"\xff", "ö".encode()], pa.binary())})
+    pq.write_table(table, path)
+    index = toy.write_index(
+        tmp_path / "index", [(path, "parquet", [toy.index_row("a", row=0), toy.index_row("b", row=1)])]
+    )
+    images = source(tmp_path, index)
+    assert images.load(1, 0).text == "ö"
+    with pytest.raises(CorruptSample, match="utf-8"):
+        images.load(0, 0)
 
 
 def test_only_the_kept_rows_of_a_parquet_shard_are_samples(tmp_path):

@@ -33,9 +33,9 @@ import pyarrow.parquet as pq
 from palate import artifacts
 from palate.artifacts import Artifact, ArtifactError
 from palate.corpora.captions import IMAGE_TEXT_INDEX, RawSample
+from palate.corpora.image_text import PARQUET_ROWS
 from palate.training.stream import CorruptSample
 
-UNPACKED_ROWS = 64  # rows of a record batch of an unpacked Parquet shard: what unpacking holds in memory
 HANDLES = 256  # shards, and index files, that are kept open
 STRIPES = 256  # lock files; two shards may share one
 TRIES = 3  # to reach object storage, before the run is stopped
@@ -486,7 +486,8 @@ def _read_parquet(shard: _Shard, key: str, row: int, handle: _Handle) -> RawSamp
     image = batch["image"][place].as_py()
     if not image:
         raise ValueError("it has no image")
-    return RawSample(key, image, batch["caption"][place].as_py(), None)
+    caption = batch["caption"][place].as_py()
+    return RawSample(key, image, None if caption is None else caption.decode(), None)
 
 
 def _read_llava(shard: _Shard, key: str, offset: int, size: int, handle: _Handle) -> RawSample:
@@ -547,19 +548,27 @@ def _reached(action: Callable[[], T], url: str) -> T:
 
 
 def _unpack(parquet: str | Path, columns: Mapping[str, str], target: Path) -> None:
-    """Write images and captions of a Parquet file, in the order of its rows, as an uncompressed Arrow file."""
-    schema = pa.schema([("image", pa.binary()), ("caption", pa.string())])
+    """Write images and captions of a Parquet file, in the order of its rows, as an uncompressed Arrow file. Of a
+    damaged file, as much as was indexed. Memory: ``PARQUET_ROWS`` rows."""
+    schema = pa.schema([("image", pa.binary()), ("caption", pa.binary())])  # whether it is UTF-8, each row says itself
     with (
-        pq.ParquetFile(parquet, memory_map=True) as file,
+        pq.ParquetFile(parquet, memory_map=True, buffer_size=1 << 20, pre_buffer=False) as file,
         pa.OSFile(str(target), "wb") as sink,
         pa.ipc.new_file(sink, schema) as writer,
     ):
-        for batch in file.iter_batches(UNPACKED_ROWS, columns=[columns["image"], columns["caption"]]):
+        for batch in _batches(file, columns):
             image, caption = batch[columns["image"]], batch[columns["caption"]]
             if pa.types.is_struct(image.type):  # Hugging Face's: {bytes, path}
                 image = pc.struct_field(image, "bytes")
-            arrays = [image.cast(pa.binary()), caption.cast(pa.string())]
+            arrays = [image.cast(pa.binary()), caption.cast(pa.binary())]
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+
+
+def _batches(file: pq.ParquetFile, columns: Mapping[str, str]) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from file.iter_batches(PARQUET_ROWS, columns=[columns["image"], columns["caption"]])
+    except (pa.ArrowException, OSError) as error:
+        log.warning("only the first part of a Parquet shard can be read (%s), as when it was indexed", error)
 
 
 def _sha256(path: str | Path) -> str:
