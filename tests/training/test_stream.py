@@ -289,3 +289,65 @@ def test_what_cannot_be_streamed_is_refused():
     wrong.blocks = [2, 2]
     with pytest.raises(ValueError, match="5 samples, but blocks of 4"):
         Stream([wrong], 4)
+
+
+def test_200_000_samples_in_2_000_shards_are_each_seen_once_through_kills_on_8_then_48_then_20_ranks():
+    """The small form of ``benchmarks/streaming.py --proof``: every process knows the last checkpoint alone."""
+    sizes = np.random.default_rng(0).integers(1, 200, 2000)
+    ends = np.rint(np.cumsum(sizes) / sizes.sum() * 200_000).astype(np.int64)
+    shards = Sharded(np.diff(ends, prepend=0))
+    batch, every, steps = 1000, 8, 200
+    kills = {(int(step), bool(late)) for step, late in np.random.default_rng(1).integers((1, 0), (steps, 2), (12, 2))}
+    seen, batches_seen = np.zeros(len(shards), np.int64), {}
+    saved, pending, restarts = (0, Stream([shards], 1).start()), [], 0
+    while saved[0] < steps:
+        step, cursors = saved[0], tuple(Cursor(**vars(cursor)) for cursor in saved[1])
+        batches, pending, restarts = Stream([shards], batch, window=4096), [], restarts + 1
+        while step < steps:
+            units, cursors = batches.plan(cursors)
+            ranks = (8, 48, 20)[step * 3 // steps]
+            taken = [unit.indices[0] for rank in range(ranks) for unit in stream.part(units, rank, ranks)]
+            step += 1
+            assert batches_seen.setdefault(step, taken) == taken
+            pending += taken
+            if (step, False) in kills:  # before the checkpoint
+                kills.discard((step, False))
+                break
+            if step % every == 0 or step == steps:
+                np.add.at(seen, pending, 1)
+                saved, pending = (step, cursors), []
+            if (step, True) in kills:
+                kills.discard((step, True))
+                break
+    assert restarts > 10
+    assert (seen == 1).all()
+    assert cursors == (Cursor(epoch=1, taken=200_000),)
+
+
+def test_windows_of_200_million_samples_hold_what_the_whole_order_says():
+    """Some windows of a corpus of full size, against its order written out position by position."""
+    sizes = np.random.default_rng(0).lognormal(0.0, 0.5, 20_000)
+    ends = np.rint(np.cumsum(sizes) / sizes.sum() * 200_000_000).astype(np.int64)
+    shards = Sharded(np.diff(ends, prepend=0))
+    big = Stream([shards], 64, seed=5, window=1 << 16)  # smaller than the benchmark's: milliseconds
+    windows = -(-200_000_000 // (1 << 16))
+    places = stream.shuffled(windows, 5, "sharded", 3, "windows")
+    order = stream.shuffled(20_000, 5, "sharded", 3, "blocks")
+    met: set[int] = set()
+    for window in sorted({0, 1, 777, windows - 1, int(np.argmax(places))}):  # the last: the one that is not full
+        first = int(places[window]) << 16
+        found = np.sort(big._plan_window(0, 3, window))
+        # The same positions, walking over the shards in the epoch's order.
+        expected, position = [], 0
+        for shard in order.tolist():
+            length = int(shards.blocks[shard])
+            low, high = max(first, position), min(first + (1 << 16), position + length)
+            if low < high:
+                begin = int(shards.ends[shard]) - length
+                expected.append(np.arange(begin + low - position, begin + high - position))
+            position += length
+        assert np.array_equal(found, np.sort(np.concatenate(expected)))
+        assert met.isdisjoint(found.tolist())
+        met.update(found.tolist())
+    _, cursors = big.plan((Cursor(epoch=3, window=777, offset=40_000, taken=3 * 200_000_000),))
+    assert cursors[0].offset == 40_064
