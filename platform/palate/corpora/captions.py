@@ -242,12 +242,10 @@ def _write(tasks: "_Tasks", runner: Runner, writer: artifacts.Writer) -> None:
     _require_usable(tasks, scans)
     groups = _groups([scan["candidates"] for scan in scans], config.group_samples)
     candidates = sum(scan["candidates"] for scan in scans)
-    parts = max(config.buckets, -(-candidates // MOST_IN_PART))
-    near = 0 if config.duplicate_distance is None else config.duplicate_distance + 1
+    parts = max(min(config.buckets, -(-candidates // LEAST_IN_PART)), -(-candidates // MOST_IN_PART), 1)
     runner(Step("spread hashes", partial(tasks.spread, groups=groups, parts=parts), range(len(groups))))
-    find = partial(tasks.find_duplicates, groups=groups, parts=parts)
-    runner(Step("find duplicates", find, range(parts * (1 + near))))
-    finish = partial(tasks.finish, groups=groups, tasks=parts * (1 + near), parts=parts)
+    runner(Step("find duplicates", partial(tasks.find_duplicates, groups=groups, parts=parts), range(parts)))
+    finish = partial(tasks.finish, groups=groups, parts=parts)
     finished = runner(Step("finish", finish, range(len(groups))))
     kept = [count for one in finished for count in one["kept"]]
     if not sum(kept):
@@ -296,7 +294,7 @@ def _write(tasks: "_Tasks", runner: Runner, writer: artifacts.Writer) -> None:
     writer.summary.update(card["summary"])
 
 
-MOST_IN_PART = 2_000_000
+LEAST_IN_PART, MOST_IN_PART = 50_000, 2_000_000  # samples whose hashes are compared in one task
 COUNTED = ("reasons", "sides", "lengths", "image_formats", "licences")
 _OF_SHARD = ("bytes", "sha256", "seen", "damage")
 
@@ -398,8 +396,8 @@ class _Tasks:
         def produce(writer: artifacts.Writer) -> None:
             tables = [_positioned(self._scanned(shard), shard) for shard in range(*groups[number])]
             table = pa.concat_tables(tables)
-            words = np.frombuffer(b"".join(table["sha256"].to_pylist()), dtype=np.uint64).reshape(-1, 4)
-            _write_parts(writer.folder / "equal.arrow", table.select(_EQUAL.names), part_of(words[:, 0], parts), parts)
+            where = part_of(_words(table)[:, 0], parts)
+            _write_parts(writer.folder / "equal.arrow", table.select(_EQUAL.names), where, parts)
             if distance is not None:
                 told = table.filter(pc.is_valid(table["hash"])).select(_NEAR.names)
                 hashes = told["hash"].to_numpy()
@@ -409,45 +407,51 @@ class _Tasks:
 
         return self._made("spread", number, produce, {"group": groups[number], "parts": parts}).summary
 
-    # A task a part of the hashes, or of one band of them
+    # A task a part of the hashes
 
-    def find_duplicates(self, number: int, *, groups: Sequence[tuple[int, int]], parts: int) -> dict[str, Any]:
+    def find_duplicates(self, part: int, *, groups: Sequence[tuple[int, int]], parts: int) -> dict[str, Any]:
         """Find the samples of a part that have an earlier duplicate; a record batch a group of shards."""
-        kind, part = divmod(number, parts)
-        name = "equal.arrow" if kind == 0 else f"near-{kind - 1}.arrow"
+        distance = self.config.duplicate_distance
+        spread = [] if distance is None else bands(distance)
+        ends = np.array([end for _, end in groups])
 
-        def produce(writer: artifacts.Writer) -> None:
-            batches = [_read_part(self._open("spread", group).local(name), part) for group in range(len(groups))]
-            table = pa.Table.from_batches(batches)
-            positions = table["position"].to_numpy()
-            if kind == 0:
-                words = np.frombuffer(b"".join(table["sha256"].to_pylist()), dtype=np.uint64).reshape(-1, 4)
-                first = earliest_equal(words, positions)
-            else:
-                assert self.config.duplicate_distance is not None
-                distance = self.config.duplicate_distance
-                first = earliest_near(table["hash"].to_numpy(), positions, distance, bands(distance)[kind - 1])
+        def read(name: str) -> pa.Table:
+            opened = (self._open("spread", group) for group in range(len(groups)))
+            return pa.Table.from_batches([_read_part(one.local(name), part) for one in opened])
+
+        def write(writer: artifacts.Writer, name: str, positions: np.ndarray, first: np.ndarray) -> None:
             later = first < positions
             found = pa.table([positions[later], first[later]], schema=_DUPLICATES)
-            ends = np.array([end for _, end in groups])
-            where = np.searchsorted(ends, positions[later] >> ROW_BITS, side="right")
-            _write_parts(writer.folder / "duplicates.arrow", found, where, len(groups))
+            group = np.searchsorted(ends, positions[later] >> ROW_BITS, side="right")
+            _write_parts(writer.folder / name, found, group, len(groups))
 
-        settings = {"groups": groups, "parts": parts, "part": number}
-        return self._made("duplicates", number, produce, settings).summary
+        def produce(writer: artifacts.Writer) -> None:
+            table = read("equal.arrow")
+            positions = table["position"].to_numpy()
+            write(writer, "equal.arrow", positions, earliest_equal(_words(table), positions))
+            for index, band in enumerate(spread):
+                table = read(f"near-{index}.arrow")
+                positions = table["position"].to_numpy()
+                assert distance is not None
+                first = earliest_near(table["hash"].to_numpy(), positions, distance, band)
+                write(writer, f"near-{index}.arrow", positions, first)
+
+        return self._made("duplicates", part, produce, {"groups": groups, "parts": parts}).summary
 
     # A task a group of shards
 
-    def finish(self, number: int, *, groups: Sequence[tuple[int, int]], tasks: int, parts: int) -> dict[str, Any]:
+    def finish(self, number: int, *, groups: Sequence[tuple[int, int]], parts: int) -> dict[str, Any]:
         """Write the index of each shard of a group, and why its other samples are dropped; gives the counts."""
 
         def produce(writer: artifacts.Writer) -> None:
             equal, near = dict[int, int](), dict[int, int]()
-            for task in range(tasks):
-                batch = _read_part(self._open("duplicates", task).local("duplicates.arrow"), number)
-                found = equal if task < parts else near
-                for position, first in zip(batch["position"].to_pylist(), batch["of"].to_pylist(), strict=True):
-                    found[position] = min(first, found.get(position, first))
+            for part in range(parts):
+                made = self._open("duplicates", part)
+                for name in made.paths():
+                    batch = _read_part(made.local(name), number)
+                    found = equal if name == "equal.arrow" else near
+                    for position, first in zip(batch["position"].to_pylist(), batch["of"].to_pylist(), strict=True):
+                        found[position] = min(first, found.get(position, first))
             kept, counts = list[int](), {name: Counter[str]() for name in COUNTED}
             for shard in range(*groups[number]):
                 table = _with_duplicates(self._scanned(shard), shard, equal, near)
@@ -672,6 +676,11 @@ def _positioned(table: pa.Table, shard: int) -> pa.Table:
     """The samples that passed the filters, with their positions among all."""
     positions = (np.int64(shard) << ROW_BITS) + np.arange(len(table), dtype=np.int64)
     return table.append_column("position", pa.array(positions)).filter(pc.is_null(table["reason"]))
+
+
+def _words(table: pa.Table) -> np.ndarray:
+    """The digests of a table, (N, 4) uint64."""
+    return np.frombuffer(b"".join(table["sha256"].to_pylist()), dtype=np.uint64).reshape(-1, 4)
 
 
 def _with_duplicates(table: pa.Table, shard: int, equal: Mapping[int, int], near: Mapping[int, int]) -> pa.Table:
