@@ -37,7 +37,7 @@ class Stream:
         """Go on by more input."""
         rows, count = embeddings_BTd.shape[:2]
         places = torch.arange(self.length, self.length + count, device=embeddings_BTd.device).expand(rows, count)
-        states = self.model.decoder(None, None, places, self.cache, embeddings_BTd, use_cache=True).last_hidden_state
+        states = self.model.decode(embeddings_BTd, self.cache, position_ids=places).last_hidden_state
         self.end_Bd, self.length = states[:, -1], self.length + count
         return self
 
@@ -69,8 +69,8 @@ def check_draws(model: UniHeteroModel) -> None:
     if config.semantic == "none" or not config.shift or config.branch_from is not None:
         raise ValueError(
             "this model cannot draw: it needs a semantic head on the language model's own states that predicts the "
-            f"next token (found semantic={config.semantic}, shift={config.shift}, branch_from={config.branch_from}); train "
-            "--arm embedding, decoder or encoder"
+            f"next token (found {config.semantic=}, {config.shift=}, {config.branch_from=}); train --arm embedding, decoder "
+            "or encoder"
         )
 
 

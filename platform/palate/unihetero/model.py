@@ -12,6 +12,7 @@ Symbols: B rows, T tokens, I images of the batch in reading order, P visual toke
 widths.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -192,6 +193,7 @@ class UniHeteroModel(PreTrainedModel):
     def train(self, mode: bool = True) -> "UniHeteroModel":
         super().train(mode)
         self.vision.eval()
+        self.freeze()  # also after from_pretrained, which puts in new parameters and calls eval()
         return self
 
     def get_input_embeddings(self) -> nn.Module:
@@ -241,6 +243,14 @@ class UniHeteroModel(PreTrainedModel):
         projected = cast(Tensor, self.projector(features_IPs))
         return projected if self.config.target == "open" else projected.detach()
 
+    def decode(self, embeddings_BTd: Tensor, cache: Cache | None = None, **others: Any) -> Any:
+        """The language model's output on embeddings; ``cache`` grows in place."""
+        if cache is not None:
+            # transformers 5.24 renamed `past_key_values` to `cache`, model by model.
+            names = inspect.signature(self.decoder.forward).parameters
+            others["cache" if "cache" in names else "past_key_values"] = cache
+        return self.decoder(inputs_embeds=embeddings_BTd, use_cache=cache is not None, **others)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -271,13 +281,11 @@ class UniHeteroModel(PreTrainedModel):
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self.embed(input_ids, image_features)
-        output = self.decoder(
-            None,
-            attention_mask,
-            position_ids,
-            cache,  # by position: transformers 5.24 renamed `past_key_values` to `cache`
+        output = self.decode(
             inputs_embeds,
-            use_cache=cache is not None,
+            cache,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
             output_hidden_states=labels is not None and self.branch is not None,
         )
         states_BTd = output.last_hidden_state

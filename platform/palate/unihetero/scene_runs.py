@@ -136,7 +136,7 @@ class Experiment:
             self.parts.local_folder("vision" if features == "trained" else "random"), add_pooling_layer=False
         )
         language = small_llama(len(self.tokenizer), config.width, config.layers, seed=seed)
-        scale = float(language.get_input_embeddings().weight.float().square().mean().sqrt())
+        scale = float(language.get_input_embeddings().weight.detach().float().square().mean().sqrt())
         settings = UniHeteroConfig(
             text_config=language.config,
             vision_config=vision.config,
@@ -297,9 +297,7 @@ class _Run:
         found: dict[str, list[Tensor]] = {}
         for part_IPs in features_IPs.float().split(256):
             ids = prefix.expand(len(part_IPs), -1)
-            output = self.model.decoder(
-                inputs_embeds=self.model.embed(ids, part_IPs), output_hidden_states=True, use_cache=False
-            )
+            output = self.model.decode(self.model.embed(ids, part_IPs), output_hidden_states=True)
             for number, states in enumerate(output.hidden_states):
                 name = "input" if number == 0 else f"layer {number}"
                 found.setdefault(name, []).append(states[:, 1 : 1 + part_IPs.shape[1]])
