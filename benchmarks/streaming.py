@@ -61,6 +61,8 @@ class Config:
     turn_shards: int = 8
     turn_samples: int = 300
     """In each of these shards."""
+    shuffled: int = 400
+    """Samples in a window of the stream, and in webdataset's buffer."""
     workers: int = 2
     """Threads of the stream, processes of webdataset."""
     folder: Path | None = None
@@ -196,6 +198,7 @@ def restarted(config: Config) -> None:
         "samples": len(source),
         "index_opened_seconds": opened,
         "first_batch_seconds": decoded,
+        "whole_process_cpu_seconds": sum(os.times()[:2]),
         "peak_memory_gb": peak_memory() / 1e9,
     }
     print(fingerprint)
@@ -283,8 +286,7 @@ def decode(sample: RawSample, seed: int) -> np.ndarray:
 def read_stream(config: Config, index: artifacts.Artifact, folder: Path) -> int:
     shutil.rmtree(folder / "cache", ignore_errors=True)
     source = ShardSource(index, decode, Cache(folder / "cache", 1 << 30))
-    # As many samples are shuffled together as in webdataset's buffer.
-    stream, batch = Stream([source], 50, window=1000), 50
+    stream, batch = Stream([source], 50, window=config.shuffled), 50
     count = 0
     with Ahead(stream, stream.start(), 0, 1, steps=4, readers=config.workers) as ahead:
         for _ in range(len(source) // batch):
@@ -297,7 +299,7 @@ def read_webdataset(config: Config, urls: list[str], processes: int) -> int:
 
     dataset = (
         webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0, empty_check=False)
-        .shuffle(1000)
+        .shuffle(config.shuffled)
         .map(_decode_webdataset)
         .batched(50, collation_fn=np.stack)
     )

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -215,8 +215,7 @@ class Cache:
             os.close(number)  # releases the lock
 
 
-@dataclass(frozen=True)
-class _Shard:
+class _Shard(NamedTuple):
     """A row of ``shards.parquet``, and where it is."""
 
     shard: int
