@@ -96,7 +96,7 @@ def test_a_tar_is_indexed_by_byte_ranges(tmp_path, form):
         assert row["row"] == -1
     (shard,) = shards_of(made)
     assert (shard["url"], shard["format"], shard["samples"], shard["root"]) == (str(path), "tar", 4, "")
-    assert (shard["bytes"], shard["sha256"]) == (path.stat().st_size, artifacts.file_entry(path, "").sha256)
+    assert (shard["bytes"], shard["sha256"]) == (path.stat().st_size, artifacts.file_entry(path, "x").sha256)
     assert made.read_json("columns.json") == {}
 
 
@@ -468,7 +468,7 @@ def test_every_sample_is_accounted_for(tmp_path):
     for histogram in ("shorter_side", "caption_characters", "image_formats"):
         assert sum(card[histogram].values()) == card["summary"]["kept"]
     for shard, path in zip(card["inputs"], sorted((tmp_path / "in").iterdir()), strict=True):
-        assert (shard["url"], shard["sha256"]) == (str(path), artifacts.file_entry(path, "").sha256)
+        assert (shard["url"], shard["sha256"]) == (str(path), artifacts.file_entry(path, "x").sha256)
     text = made.local("DATA_CARD.md").read_text()
     assert "| near an earlier image |" in text
     assert f"{card['summary']['kept']} of 48 samples are kept" in text
@@ -577,7 +577,7 @@ def test_a_killed_preparation_goes_on_after_the_tasks_that_are_finished(tmp_path
 
 def test_a_finished_index_is_used_again_unless_something_changed(tmp_path):
     mixed(tmp_path / "in", shards=2)
-    config = CaptionsConfig(input=(str(tmp_path / "in" / "*"),), out=str(tmp_path / "out"))
+    config = CaptionsConfig(input=(str(tmp_path / "in" / "*"),), out=str(tmp_path / "out"), max_quarantined=0.1)
     made = prepare(config)
 
     def never(step):
@@ -619,7 +619,7 @@ def test_rewritten_shards_hold_the_kept_samples(tmp_path):
     origins, found = [], []
     for row in rows:
         assert row["format"] == "tar"
-        assert artifacts.file_entry(Path(row["url"]), "").sha256 == row["sha256"]
+        assert artifacts.file_entry(Path(row["url"]), "x").sha256 == row["sha256"]
         origins += pq.read_table(Path(row["url"]).with_name("origin.parquet")).to_pylist()
         with tarfile.open(row["url"]) as tar:
             names = tar.getnames()
