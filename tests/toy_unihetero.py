@@ -9,12 +9,8 @@ from palate.unihetero.model import UniHeteroConfig, UniHeteroModel
 from palate.unihetero.phrasing import Phrasing, add_image_tokens, with_tokens
 
 WIDTH, FEATURES, PLACES, LATENT = 32, 24, 4, 6
-WORDS = [
-    "Caption:",
-    "Question:",
-    "Answer:",
-    *["a", "red", "blue", "circle", "square", "what", "where", "is", "it", "left", "right"],
-]
+SAID = "a red blue circle square what where is it left right"
+WORDS = ["Caption:", "Question:", "Answer:", *SAID.split()]
 
 
 def tokenizer():

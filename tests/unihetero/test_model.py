@@ -259,7 +259,12 @@ def test_grids_of_published_encoders(kind):
     patches = hidden[:, -16:]
     expected = patches if tokens == 16 else patches.view(2, 2, 2, 2, 2, 16).mean((2, 4)).view(2, 4, 16)
     torch.testing.assert_close(found, expected)
-    with pytest.raises(ValueError, match="cannot be averaged down to 9"):
+    if kind == "wider":  # side by side: the mean over the four is the average
+        settings = UniHeteroConfig(vision_config=encoder.config, image_tokens=4, merge="concatenate")
+        beside = grid(hidden, settings)
+        assert beside.shape == (2, 4, settings.feature_width) == (2, 4, 64)
+        torch.testing.assert_close(beside.unflatten(2, (16, 4)).mean(-1), found)
+    with pytest.raises(ValueError, match="cannot be merged to 9"):
         grid(hidden, UniHeteroConfig(vision_config=encoder.config, image_tokens=9))
 
 

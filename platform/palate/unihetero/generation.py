@@ -69,8 +69,8 @@ def check_draws(model: UniHeteroModel) -> None:
     if config.semantic == "none" or not config.shift or config.branch_from is not None:
         raise ValueError(
             "this model cannot draw: it needs a semantic head on the language model's own states that predicts the "
-            f"next token (found {config.semantic=}, {config.shift=}, {config.branch_from=}); train --arm embedding, decoder "
-            "or encoder"
+            f"next token (found {config.semantic=}, {config.shift=}, {config.branch_from=}); train --arm embedding, "
+            "decoder or encoder"
         )
 
 

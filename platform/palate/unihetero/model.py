@@ -38,7 +38,8 @@ class UniHeteroConfig(PreTrainedConfig):
     """Settings of a ``UniHeteroModel``.
 
     Args:
-        image_tokens: P. The encoder's grid is averaged down to it where it is larger.
+        image_tokens: P. Where the encoder's grid is larger, its patches are merged.
+        merge: mean: patches that are merged are averaged; concatenate: they stand side by side (pixel unshuffle).
         image_token_id, image_start_id, image_end_id: the placeholder of a visual token, and what stands around an
             image.
         embed_scale: root mean square of the embeddings that the projector gives.
@@ -60,6 +61,7 @@ class UniHeteroConfig(PreTrainedConfig):
         text_config: Any = None,
         vision_config: Any = None,
         image_tokens: int = 16,
+        merge: Literal["mean", "concatenate"] = "mean",
         image_token_id: int = 0,
         image_start_id: int = 0,
         image_end_id: int = 0,
@@ -77,7 +79,7 @@ class UniHeteroConfig(PreTrainedConfig):
     ) -> None:
         self.text_config = _config(text_config, "llama")
         self.vision_config = _config(vision_config, "vit")
-        self.image_tokens = image_tokens
+        self.image_tokens, self.merge = image_tokens, merge
         self.image_token_id, self.image_start_id, self.image_end_id = image_token_id, image_start_id, image_end_id
         self.embed_scale = embed_scale
         self.semantic, self.semantic_loss, self.target, self.shift = semantic, semantic_loss, target, shift
@@ -85,6 +87,12 @@ class UniHeteroConfig(PreTrainedConfig):
         self.pixels, self.latent_width = pixels, latent_width
         self.head_width, self.head_blocks = head_width, head_blocks
         super().__init__(**others)
+
+    @property
+    def feature_width(self) -> int:
+        """d_s: of a visual token before the projector."""
+        merged = (self.vision_config.image_size // self.vision_config.patch_size) ** 2 // self.image_tokens
+        return int(self.vision_config.hidden_size) * (merged if self.merge == "concatenate" else 1)
 
     def get_text_config(self, *args: Any, **keywords: Any) -> Any:
         return self.text_config
@@ -125,7 +133,7 @@ class UniHeteroModel(PreTrainedModel):
             raise ValueError(
                 f"a {text.model_type} caps its logits, which is not implemented: choose another language model"
             )
-        width, width_in = text.hidden_size, config.vision_config.hidden_size
+        width, width_in = text.hidden_size, config.feature_width
         self.vision = AutoModel.from_config(config.vision_config)
         if getattr(self.vision, "pooler", None) is not None:
             self.vision.pooler = None  # patches are all that is read
@@ -362,22 +370,24 @@ def semantic_loss(predicted_Vz: Tensor, targets_Vz: Tensor, kind: SemanticLoss) 
 
 
 def grid(hidden_ILs: Tensor, config: UniHeteroConfig) -> Tensor:
-    """The P visual tokens (I, P, d_s) of an encoder's output: its patches, without class and register tokens, averaged
-    down where they are more.
+    """The P visual tokens (I, P, d_s) of an encoder's output: its patches, without class and register tokens, merged
+    where they are more.
 
     Raises:
-        ValueError: the patches cannot be averaged down to P.
+        ValueError: the patches cannot be merged to P.
     """
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
     patches = hidden_ILs[:, -side * side :]
     wanted = round(config.image_tokens**0.5)
     if wanted * wanted != config.image_tokens or side % wanted:
-        raise ValueError(f"{side} x {side} patches cannot be averaged down to {config.image_tokens} visual tokens")
+        raise ValueError(f"{side} x {side} patches cannot be merged to {config.image_tokens} visual tokens")
     if wanted == side:
         return patches
     cells = patches.transpose(1, 2).unflatten(2, (side, side))
-    return F.avg_pool2d(cells, side // wanted).flatten(2).transpose(1, 2)
+    merged = side // wanted
+    cells = F.avg_pool2d(cells, merged) if config.merge == "mean" else F.pixel_unshuffle(cells, merged)
+    return cells.flatten(2).transpose(1, 2)
 
 
 def _upper_layers(text: Any, start: int) -> PreTrainedModel:

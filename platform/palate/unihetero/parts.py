@@ -8,6 +8,7 @@ labels, on images that stand in no other split, and what they and a random encod
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from palate.unihetero.probes import probe
 
 KIND = "unihetero-parts"
 TOKENS = 16  # visual tokens of a scene
+MERGE: Literal["concatenate"] = "concatenate"  # how the encoder's patches become these
 _AT_ONCE = 256
 _PROBED = 4000  # training scenes that probes are fitted on
 
@@ -45,7 +47,7 @@ class PartsConfig:
     """Of training the autoencoder, 32 images each."""
     patch: int = 4
     """Side of the encoder's patches, in pixels."""
-    width: int = 64
+    width: int = 48
     """Of the encoder."""
     layers: int = 3
     """Of the encoder."""
@@ -120,8 +122,8 @@ def read_encoded(parts: Artifact, corpus: Artifact, split: str) -> EncodedSplit:
 
 
 def features(vision: ViTModel, images_N3HW: NDArray[np.uint8]) -> Tensor:
-    """What an encoder gives, averaged down to ``TOKENS``: (N, P, s)."""
-    config = UniHeteroConfig(vision_config=vision.config, image_tokens=TOKENS)
+    """What an encoder gives, merged to ``TOKENS``: (N, P, s)."""
+    config = UniHeteroConfig(vision_config=vision.config, image_tokens=TOKENS, merge=MERGE)
     return in_parts(lambda pixels: grid(vision(pixel_values=pixels).last_hidden_state, config), images_N3HW)
 
 

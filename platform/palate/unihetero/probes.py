@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 
-from palate.corpora.worlds.scenes import PLACES, SIDE, Described, Object
+from palate.corpora.worlds.scenes import GRID, PLACES, SIDE, Described, Object
 from palate.corpora.worlds.shapes import HUES, SHAPES
 
 Floats = NDArray[np.floating]
@@ -70,8 +70,8 @@ def _at_places(features_NPz: Floats, scenes: Sequence[Described]) -> tuple[Float
         filled = {one.place: (one.x, one.y) for one in scene.objects}
         empty = [place for place in PLACES if place not in filled][: len(filled)]
         for place in (*filled, *empty):
-            row, column = divmod(PLACES.index(place), 3)
-            x, y = filled.get(place, ((column + 0.5) * SIDE / 3, (row + 0.5) * SIDE / 3))
+            row, column = divmod(PLACES.index(place), GRID)
+            x, y = filled.get(place, ((column + 0.5) * SIDE / GRID, (row + 0.5) * SIDE / GRID))
             rows.append(features_Pz[token_of(x, y, len(features_Pz))])
             labels.append(place in filled)
     return np.array(rows), np.array(labels)

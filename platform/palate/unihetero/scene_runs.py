@@ -34,7 +34,7 @@ from palate.unihetero.arms import ARMS, Arm, configured
 from palate.unihetero.averages import WIDTH_10
 from palate.unihetero.model import SemanticLoss, UniHeteroConfig, UniHeteroModel
 from palate.unihetero.objectives import ObjectiveConfig, Weights, total
-from palate.unihetero.parts import EncodedSplit
+from palate.unihetero.parts import MERGE, TOKENS, EncodedSplit
 from palate.unihetero.phrasing import Phrasing, add_image_tokens, text_first, with_tokens
 from palate.unihetero.probes import probe
 from palate.unihetero.samples import Batch, Sample, Segment, collate
@@ -43,6 +43,7 @@ from palate.unihetero.training import PretrainConfig, pretrain
 
 KIND = "unihetero-run"
 WORDS = ("Caption:", "Question:", "Answer:")
+WARMUP = 50  # steps; whatever a run's length, so that a longer run goes on from a shorter one
 _FREE_RUN = 256  # test scenes on which free running is measured
 _PROBED = (3000, 1000)  # scenes that probes are fitted on, and tested on
 
@@ -127,7 +128,7 @@ class Experiment:
 
     @cached_property
     def phrasing(self) -> Phrasing:
-        return Phrasing(self.tokenizer, self.train.features_NPs.shape[1])
+        return Phrasing(self.tokenizer, TOKENS)
 
     def model(self, arm: Arm, features: str, seed: int) -> UniHeteroModel:
         """A new model; of equal seeds, arms have equal language models and projectors."""
@@ -140,7 +141,8 @@ class Experiment:
         settings = UniHeteroConfig(
             text_config=language.config,
             vision_config=vision.config,
-            image_tokens=self.train.features_NPs.shape[1],
+            image_tokens=TOKENS,
+            merge=MERGE,
             embed_scale=scale,
             latent_width=self.train.latents_NPc.shape[-1],
             head_width=config.width,
@@ -226,6 +228,7 @@ class _Run:
                 batch=config.batch,
                 learning_rate=config.learning_rate,
                 schedule="constant",
+                warmup_ratio=min(0.5, WARMUP / steps),
                 average=WIDTH_10,
                 spike_sigmas=None,
                 monitor_every=config.monitor_every,
