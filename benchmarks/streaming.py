@@ -4,6 +4,8 @@
     python benchmarks/streaming.py --restart         an index of 20,000 shards opened, the first batch decoded
     python benchmarks/streaming.py --throughput      against webdataset, same shards and decode, local and from S3
 
+With ``grain`` installed (it is no dependency), it reads the Parquet form of the same shards; tar it does not read.
+
 Variants take turns and a ratio is the median over the turns, so that a machine shared with others slows all alike;
 only ratios mean anything there. S3 is a ``moto`` server in another process; the cache is empty before every turn.
 """
@@ -24,6 +26,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -233,6 +236,11 @@ def throughput(config: Config, folder: Path) -> dict[str, Any]:
             "webdataset_one": lambda: read_webdataset(config, [str(file) for file in files], 0),
         },
     )
+    if find_spec("grain"):
+        found["parquet"] = compare(
+            config,
+            {"stream": lambda: read_stream(config, parquet, folder), "grain": lambda: read_grain(config, tables)},
+        )
     with s3_server() as endpoint:
         urls = [upload(file, "shards") for file in files]
         remote = write_index(folder / "remote", list(zip(urls, files, strict=True)))
@@ -311,6 +319,15 @@ def read_webdataset(config: Config, urls: list[str], processes: int) -> int:
 def _decode_webdataset(sample: dict[str, Any]) -> np.ndarray:
     record = json.loads(sample["json"])
     return decode(RawSample(sample["__key__"], sample["jpg"], sample["txt"].decode(), record), 0)
+
+
+def read_grain(config: Config, files: list[Path]) -> int:
+    """Row groups in the files' order, by as many threads; what grain has for Parquet."""
+    from grain import experimental
+
+    rows = experimental.ParquetIterDataset([str(file) for file in files])
+    batches = rows.map(lambda row: decode(RawSample(row["key"], row["jpg"], row["caption"], None), 0)).batch(50)
+    return sum(len(batch) for batch in experimental.multithread_prefetch(batches, config.workers, 4))
 
 
 @contextmanager

@@ -130,13 +130,17 @@ def test_shards_that_are_not_those_indexed_are_errors(tmp_path):
     fails(10, "there is no record")
 
 
-def test_truncated_index_and_unknown_format_are_errors(tmp_path):
+def test_an_index_that_does_not_fit_itself_is_an_error(tmp_path):
     rows = toy.write_tar(tmp_path / "0.tar", toy.samples(0, 3))
     index = toy.write_index(tmp_path / "index", [(tmp_path / "0.tar", "zip", rows)])
     with pytest.raises(IndexMismatch, match="format is 'zip'"):
         source(tmp_path, index).load(0, 0)
     with pytest.raises(artifacts.ArtifactMissing):
         source(tmp_path, tmp_path / "nothing")
+    other = source(tmp_path, toy.write_index(tmp_path / "other", [(tmp_path / "0.tar", "tar", rows)]))
+    other._shards[0] = other._shards[0]._replace(samples=2)
+    with pytest.raises(IndexMismatch, match=r"00000.arrow has 3 samples, but shards.parquet says 2"):
+        other.load(0, 0)
 
 
 def test_fingerprint_says_what_was_indexed_not_where_it_is(tmp_path):
@@ -226,7 +230,7 @@ def test_equal_fingerprints_and_values_on_1_and_3_ranks(tmp_path):
     assert sorted(epoch) == [f"{n:06d}" for n in range(33)]
 
 
-def test_remote_shards_are_fetched_once_and_bounded(tmp_path, s3_url):
+def test_remote_shards_are_fetched_once_and_bounded(tmp_path, s3_url, caplog):
     index, items = toy.remote(tmp_path, s3_url)
     images = source(tmp_path, index)
     assert [images.load(place, 0).image for place in range(18)] == [item[1] for item in items]
@@ -238,6 +242,7 @@ def test_remote_shards_are_fetched_once_and_bounded(tmp_path, s3_url):
     sizes = [path.stat().st_size for path in cached(tmp_path)]
     assert source(tmp_path, index, max_bytes=10**6).fetchable([2, 0, 1]) == [2, 0, 1]
     assert source(tmp_path, index, max_bytes=max(sizes)).fetchable([2, 0, 1]) == [2]
+    assert "raise --cache-gb, or lower the window" in caplog.text.lower()
 
 
 def test_the_bound_holds_and_what_was_used_last_stays(tmp_path, s3_url):

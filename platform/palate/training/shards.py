@@ -280,6 +280,7 @@ class ShardSource:
         self._index = lru_cache(maxsize=HANDLES)(self._open_index)
         self._handles: OrderedDict[int, _Handle] = OrderedDict()
         self._lock = threading.Lock()
+        self._warned = False
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -314,9 +315,18 @@ class ShardSource:
             self._handle(block)
 
     def fetchable(self, blocks: Sequence[int]) -> list[int]:
-        """The first of ``blocks`` that have room in the cache together."""
+        """The first of ``blocks``, those of two windows, that have room in the cache together."""
         sizes = np.cumsum([self._shards[block].cached for block in blocks])
-        return list(blocks[: int(np.searchsorted(sizes, self._cache.max_bytes // self._cache.sources, side="right"))])
+        room = self._cache.max_bytes // self._cache.sources
+        found = list(blocks[: int(np.searchsorted(sizes, room, side="right"))])
+        if 2 * len(found) < len(blocks) and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s: the shards of two windows take %.3g GB, but the cache has %.3g GB for them: many will be fetched "
+                "again and again. Raise %s, or lower the window",
+                *(self.name, sizes[-1] / 1e9, room / 1e9, self._cache.flag),
+            )
+        return found
 
     def characters(self, shard: int) -> np.ndarray:
         """The lengths of a shard's captions in characters, (samples,)."""
