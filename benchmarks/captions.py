@@ -1,4 +1,4 @@
-"""Samples a second of the scan of image-text shards on one core, beside a plain loop over the same tar that reads,
+"""Samples a second of CPU time of the scan of image-text shards, beside a plain loop over the same tar that reads,
 decodes and hashes as little as one can, and the peak memory of either."""
 
 import hashlib
@@ -74,13 +74,13 @@ def nothing(path: Path) -> None:
 
 
 def measured(work: Callable[[Path], None], path: Path, results: "multiprocessing.Queue[tuple[float, float]]") -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     work(path)
-    results.put((time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    results.put((time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
 def alone(work: Callable[[Path], None], path: Path) -> tuple[float, float]:
-    """Seconds and peak resident megabytes of ``work`` in a process of its own."""
+    """CPU seconds and peak resident megabytes of ``work`` in a process of its own."""
     context = multiprocessing.get_context("spawn")
     results: multiprocessing.Queue[tuple[float, float]] = context.Queue()
     process = context.Process(target=measured, args=(work, path, results))
