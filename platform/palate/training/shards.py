@@ -268,6 +268,8 @@ class ShardSource:
         self, index: Artifact | str | Path, decode: Callable[[RawSample, int], Any], cache: Cache, name: str = "images"
     ) -> None:
         self._artifact = index if isinstance(index, Artifact) else artifacts.open_artifact(index, IMAGE_TEXT_INDEX)
+        filesystem, root = artifacts.locate(self._artifact.url)
+        self._root = Path(root) if artifacts.is_local(filesystem) else None
         self.name, self._decode, self._cache = name, decode, cache
         cache.sources += 1
         rows = pq.read_table(self._artifact.local("shards.parquet")).to_pylist()
@@ -345,7 +347,9 @@ class ShardSource:
 
     def _open_index(self, number: int) -> dict[str, Any]:
         """The columns of a shard's index file, memory-mapped: integers as numpy arrays, keys as an Arrow array."""
-        path = self._artifact.local(f"index/{number:05d}.arrow")
+        name = f"index/{number:05d}.arrow"
+        # Artifact.local looks for the name among all of them.
+        path = self._artifact.local(name) if self._root is None else self._root / name
         with pa.memory_map(str(path)) as file:  # the arrays keep the mapping, not the file's descriptor
             reader = pa.ipc.open_file(file)
             batch = reader.get_batch(0) if reader.num_record_batches else pa.RecordBatch.from_pylist([], reader.schema)
