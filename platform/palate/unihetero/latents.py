@@ -4,7 +4,10 @@ A KL autoencoder (diffusers' AutoencoderKL; MAR's has 16 channels and a stride o
 cut into as many square patches as the image has visual tokens, so that token i of one is token i of the other.
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
@@ -50,3 +53,32 @@ def decode(vae: AutoencoderKL, latents_NCHW: Tensor) -> Tensor:
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     pixels: Tensor = vae.decode(latents_NCHW / float(vae.config.scaling_factor) + shift).sample
     return (pixels / 2 + 0.5).clamp(0, 1)
+
+
+class LatentMaker:
+    """Latent tokens (I, P, c) of images as the vision encoder is given them.
+
+    Args:
+        processor: says how pixels were normalized.
+        tokens: P; images are resized so that the grid of latents can be cut into as many patches.
+    """
+
+    def __init__(self, vae: AutoencoderKL, processor: Any, tokens: int) -> None:
+        self.vae, self.tokens = vae.eval().requires_grad_(False), tokens
+        given = processor.image_processor
+        self.mean = torch.tensor(given.image_mean).view(3, 1, 1)
+        self.std = torch.tensor(given.image_std).view(3, 1, 1)
+        self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.side = round(tokens**0.5)
+
+    @property
+    def width(self) -> int:
+        """Values of a latent token, at the smallest resolution that fits: one latent each."""
+        return int(self.vae.config.latent_channels)
+
+    @torch.no_grad()
+    def __call__(self, pixel_values_I3HW: Tensor) -> Tensor:
+        shown = pixel_values_I3HW * self.std.to(pixel_values_I3HW) + self.mean.to(pixel_values_I3HW)
+        size = self.side * self.stride
+        resized = F.interpolate(shown, (size, size), mode="bicubic", antialias=True).clamp(0, 1) * 2 - 1
+        return to_tokens(encode(self.vae, resized.to(self.vae.dtype)), self.tokens).float()

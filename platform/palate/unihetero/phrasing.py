@@ -10,6 +10,7 @@ import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -40,10 +41,12 @@ class Phrasing:
     image_tokens: int
     words: Words = field(default_factory=Words)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def plain(self) -> PreTrainedTokenizerBase:
+        """The tokenizer for what people wrote: an object of its own, for the switch holds for all threads."""
         plain = copy.deepcopy(self.tokenizer)
         plain.split_special_tokens = True
-        object.__setattr__(self, "_plain", plain)
+        return plain
 
     @property
     def end(self) -> int:
@@ -52,7 +55,7 @@ class Phrasing:
 
     def ids(self, text: str) -> list[int]:
         """Token ids of plain text; spellings of special tokens stay text."""
-        return list(self._plain(text, add_special_tokens=False).input_ids)  # type: ignore[attr-defined]
+        return list(self.plain(text, add_special_tokens=False).input_ids)
 
     def image(self) -> list[int]:
         """An image's place."""

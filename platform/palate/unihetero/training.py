@@ -65,6 +65,10 @@ class PretrainConfig:
     """Steps between checkpoints."""
     keep: int = scale(2)
     """Checkpoints to keep."""
+    read_ahead: int = scale(2)
+    """Steps whose samples are read while others are computed."""
+    readers: int = scale(4)
+    """Threads that read samples."""
     shard: bool = scale(False)
     """Shard weights, gradients and moments over the ranks (FSDP2)."""
     checkpoint_activations: bool = scale(False)
@@ -89,6 +93,7 @@ class Pretraining:
     average: Average | None = None
     observe: Callable[[int], None] | None = None
     stops: Sequence[int] = ()
+    latents: Callable[[Tensor], Tensor] | None = None
     look: bool = False
 
     def before_step(self, step: int) -> None:
@@ -122,7 +127,10 @@ class Pretraining:
 
     def loss(self, model: nn.Module, units: Sequence[Any], totals: Mapping[str, float]) -> LossOutput:
         batch = collate([_samples(unit) for unit in units]).to(self.device)
-        output = model(**batch.arguments(), shuffled=self.arm.shuffled)
+        arguments = batch.arguments()
+        if self.latents is not None and batch.pixel_values is not None:
+            arguments["latents"] = self.latents(batch.pixel_values)
+        output = model(**arguments, shuffled=self.arm.shuffled)
         loss, metrics = total(output, self.weights, totals)
         if self.look and output.targets is not None:
             rows = len(output.targets)
@@ -183,12 +191,14 @@ def pretrain(
     identity: Mapping[str, Any] | None = None,
     stops: Sequence[int] = (),
     observe: Callable[[int], None] | None = None,
+    latents: Callable[[Tensor], Tensor] | None = None,
 ) -> TrainingSummary:
     """Train ``model``, which is on ``world.device``, in place; every rank calls it.
 
     Args:
         stops: updates after which ``observe(update)`` is called, with the averaged weights in the model if there are
             any; a run that starts again may call it again for what it repeats.
+        latents: makes latent tokens (I, P, c) of pixel values, where samples do not bring them.
 
     Raises:
         TrainingStopped: a guard ended the run, with the ids of the samples.
@@ -207,7 +217,7 @@ def pretrain(
         parallel.shard(model, blocks, world, config.precision)
     members = [pair for _, pairs in parameters(model, config.stage) for pair in pairs]
     average = None if config.average is None else Average(members, config.average)
-    run = Pretraining(model, arm, objective, config, world.device, average, observe, stops)
+    run = Pretraining(model, arm, objective, config, world.device, average, observe, stops, latents)
     groups = [
         Group(name, members, config.learning_rate, config.weight_decay, config.clip_norm)
         for name, members in parameters(model, config.stage)
@@ -226,6 +236,8 @@ def pretrain(
         checkpoint_every=config.checkpoint_every,
         keep=config.keep,
         label="pretraining",
+        read_ahead=config.read_ahead,
+        readers=config.readers,
     )
     summary = train(
         model,

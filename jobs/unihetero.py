@@ -1,0 +1,83 @@
+"""Pretrain a unified vision-language model (UniHetero), and its experiment. Run with --help, or a subcommand and
+--help."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from palate.artifacts import ArtifactError
+from palate.config import scale
+from palate.distributed.launch import launch
+from palate.training.guards import TrainingStopped
+from palate.unihetero.parts import PartsConfig, make_parts
+from palate.unihetero.plan import PlanConfig
+from palate.unihetero.stages import TrainConfig, pipeline, start_over
+from palate.unihetero.sweep import SweepConfig, read_runs, sweep
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write the report of an experiment from the runs that are finished."""
+
+    experiment: str
+    """The sweep's --out."""
+    out: str = scale()
+    """Folder of the report."""
+
+
+def train(config: TrainConfig) -> None:
+    made = launch(
+        pipeline, config, launcher=config.launcher, workers=config.workers, folder=config.out, once=start_over
+    )
+    print(f"model: {made.url}")
+
+
+def parts(config: PartsConfig) -> None:
+    made = make_parts(config)
+    for name, value in made.summary.items():
+        print(f"  {name:>30}: {value:.3f}")
+
+
+def experiment(config: SweepConfig) -> None:
+    sweep(config)
+    report(ReportConfig(config.out, out=f"{config.out}/report"))
+
+
+def report(config: ReportConfig) -> None:
+    from palate.evaluation import claims
+
+    found = claims.analyse(read_runs(config.experiment))
+    claims.write(found, Path(config.out))
+    for verdict in found.verdicts:
+        print(f"claim {verdict.claim}: {verdict.outcome}")
+    print(f"report: {config.out}/report.md")
+
+
+def plan(config: PlanConfig) -> None:
+    from palate.unihetero.plan import markdown
+    from palate.unihetero.plan import plan as make
+
+    print(markdown(make(config)))
+
+
+COMMANDS = {
+    "train": TrainConfig,
+    "parts": PartsConfig,
+    "sweep": SweepConfig,
+    "report": ReportConfig,
+    "plan": PlanConfig,
+}
+RUN = {TrainConfig: train, PartsConfig: parts, SweepConfig: experiment, ReportConfig: report, PlanConfig: plan}
+
+
+def main() -> None:
+    config = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    try:
+        RUN[type(config)](config)
+    except (ArtifactError, TrainingStopped, ValueError, OSError) as error:
+        raise SystemExit(f"unihetero: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
