@@ -4,17 +4,21 @@
 trained parameter and of AdamW's moments, and its random states as uint8; ``index.json`` says which file holds which
 rows, so a run may start again on another number of ranks, sharded or not. A rank that is killed while writing leaves
 a folder without a manifest, which the next run passes over. All ranks must see the same folder.
+
+Training goes on while a checkpoint is written. It holds copies, so later updates do not reach it. Ranks agree on how
+far it is in what the train loop's steps exchange anyway, so the threads that write wait for nobody.
 """
 
 import json
 import logging
 import random
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,42 +37,153 @@ Named = Sequence[tuple[str, nn.Parameter]]
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+class SaveFailed(Exception):
+    """Another rank could not write its part of a checkpoint; on that rank the error itself is raised."""
+
+
+@dataclass
+class _Saving:
+    """A checkpoint on its way. First every rank writes its file (``writing``), then rank 0 finishes it (``finishing``).
+
+    ``job`` is what this rank does of the stage in its thread, None if that is nothing.
+    """
+
+    step: int
+    stage: Literal["writing", "finishing"]
+    job: futures.Future[None] | None
+    finish: Callable[[], None]
+
+
+@dataclass
 class Store:
-    """The checkpoints of one run. ``identity`` is what may not change when it starts again; the last ``keep`` stay."""
+    """The checkpoints of one run. ``identity`` is what may not change when it starts again; the last ``keep`` stay.
+
+    With ``background``, ``save`` returns when this rank's copy is made, and a thread writes it. Then the ranks must
+    hand what ``status`` returns to ``advance`` now and then, and ``wait`` at the end. One checkpoint at most is on its
+    way: the next ``save`` waits for it.
+    """
 
     url: str
     identity: Mapping[str, Any]
     keep: int
     world: World
+    background: bool = False
+    _saving: _Saving | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._thread = futures.ThreadPoolExecutor(1, "checkpoint")  # starts when there is something to do
 
     def save(self, step: int, named: Named, optimizer: torch.optim.Optimizer, counters: Mapping[str, Any]) -> None:
-        """Write the checkpoint after ``step`` updates; every rank calls it."""
-        url = self._place(step)
+        """Save the state after ``step`` updates, as it is now; every rank calls it.
+
+        Raises:
+            SaveFailed, or what writing raised on this rank: of this checkpoint, or of the one before.
+        """
+        self.wait()
+        url, counters = self._place(step), json.loads(json.dumps(counters))
+        writing: AbstractContextManager[artifacts.Writer | None] | None = None
+        writer = None
         if self.world.main:
             self._remove(step)  # there can only be a half-written or broken one, which this run passed over
-        writing: Any = artifacts.writing(url, kind=KIND, config=self.identity)
-        with writing if self.world.main else nullcontext() as writer:
-            self.world.barrier()  # the folder is clean now
-            tensors, pieces = _local_state(named, optimizer, self.world)
-            name = f"rank-{self.world.rank:05d}.safetensors"
+            writing = artifacts.writing(url, kind=KIND, config=self.identity)
+            writer = writing.__enter__()  # left by _finish; dropped without it, the checkpoint stays unfinished
+        tensors, pieces = _local_state(named, optimizer, self.world)
+        name = _file_name(self.world.rank)
+        gathered = self.world.gather([{**piece, "file": name} for piece in pieces])  # and the folder is clean now
+        index = {
+            "step": step,
+            "world_size": self.world.size,
+            "counters": counters,
+            "pieces": [piece for rank in gathered for piece in rank],
+        }
+
+        def write() -> None:
             _write(tensors, name, url, writer)
-            gathered = self.world.gather([{**piece, "file": name} for piece in pieces])  # and all files are there
-            if self.world.main:
-                index = {
-                    "step": step,
-                    "world_size": self.world.size,
-                    "counters": counters,
-                    "pieces": [piece for rank in gathered for piece in rank],
-                }
-                assert writer is not None  # there was nothing to reuse
-                writer.write_json("index.json", index)
-        if self.world.main:
-            self._require_all_ranks(url)
-            kept = [other for other in self._steps() if other <= step][-self.keep :]
-            for other in set(self._steps()) - set(kept):  # older ones, and later ones that were passed over as broken
-                self._remove(other)
-        self.world.barrier()
+
+        def finish() -> None:
+            assert writing is not None  # this is rank 0
+            assert writer is not None  # and there was nothing to reuse
+            self._finish(step, index, writing, writer)
+
+        def write_and_finish() -> None:
+            write()
+            finish()
+
+        if self.world.size == 1:
+            self._saving = _Saving(step, "finishing", self._thread.submit(write_and_finish), finish)
+        else:
+            self._saving = _Saving(step, "writing", self._thread.submit(write), finish)
+        if not self.background:
+            self.wait()
+
+    def status(self) -> list[Any]:
+        """What the other ranks must know of this rank's part of the checkpoint on its way: [done, error], JSON."""
+        job = self._saving.job if self._saving else None
+        if job is None:
+            return [True, None]
+        if not job.done():
+            return [False, None]
+        error = job.exception()
+        return [True, None if error is None else f"{type(error).__name__}: {error}"]
+
+    def advance(self, statuses: Sequence[Sequence[Any]]) -> None:
+        """Go on with the checkpoint on its way as far as the ``status`` of every rank allows; every rank calls it.
+
+        Raises:
+            SaveFailed, or what writing raised on this rank; on every rank, so that none waits for the others.
+        """
+        saving = self._saving
+        if saving is None:
+            return
+        failed = [(rank, error) for rank, (_, error) in enumerate(statuses) if error is not None]
+        if failed:
+            self._saving = None
+            own = saving.job.exception() if saving.job and saving.job.done() else None
+            if own is not None:
+                own.add_note(f"while the checkpoint of step {saving.step} was written to {self._place(saving.step)}")
+                raise own
+            rank, error = failed[0]
+            raise SaveFailed(f"rank {rank} could not write its part of {self._place(saving.step)}: {error}")
+        if not all(done for done, _ in statuses):
+            return
+        if saving.stage == "finishing":
+            self._saving = None
+        else:
+            saving.stage = "finishing"
+            saving.job = self._thread.submit(saving.finish) if self.world.main else None
+
+    def wait(self) -> None:
+        """Return when no checkpoint is on its way any more; every rank calls it. Raises what ``advance`` raises."""
+        while self._saving is not None:
+            if self._saving.job is not None:
+                futures.wait([self._saving.job])
+            self.advance(self.world.gather(self.status()))
+
+    def close(self) -> None:
+        """Let this rank's thread end what it is doing; waits for no other rank."""
+        self._thread.shutdown()
+        if self._saving is not None and (error := self.status()[1]):
+            log.error("the checkpoint of step %d was not written: %s", self._saving.step, error)
+        self._saving = None
+
+    def _finish(
+        self,
+        step: int,
+        index: Mapping[str, Any],
+        writing: AbstractContextManager[artifacts.Writer | None],
+        writer: artifacts.Writer,
+    ) -> None:
+        """Write the index and the manifest of a checkpoint whose ranks have written their files; rank 0's part."""
+        try:
+            self._require_all_ranks(step)
+            writer.write_json("index.json", index)
+        except BaseException as error:
+            writing.__exit__(type(error), error, error.__traceback__)
+            raise
+        writing.__exit__(None, None, None)
+        kept = [other for other in self._steps() if other <= step][-self.keep :]
+        for other in set(self._steps()) - set(kept):  # older ones, and later ones that were passed over as broken
+            self._remove(other)
 
     def load(self, named: Named, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Restore the newest whole checkpoint: weights, moments and random states. Returns its index.
@@ -102,7 +217,7 @@ class Store:
                 state = {key: parallel.like(parameter, value) for key, value in state.items()}
                 optimizer.state[parameter] = {"step": read.scalar(f"optimizer.{name}.step", parameter.device), **state}
         if index["world_size"] == self.world.size:
-            with safe_open(checkpoint.local(f"rank-{self.world.rank:05d}.safetensors"), "pt") as file:
+            with safe_open(checkpoint.local(_file_name(self.world.rank)), "pt") as file:
                 set_random_state({key: file.get_tensor(key) for key in file.keys() if key.startswith("random.")})  # noqa: SIM118
         return index
 
@@ -134,12 +249,15 @@ class Store:
             )
         return None
 
-    def _require_all_ranks(self, url: str) -> None:
-        found = artifacts.open_artifact(url, KIND).paths("rank-", ".safetensors")
-        if len(found) != self.world.size:
+    def _require_all_ranks(self, step: int) -> None:
+        """Whether the files of the other ranks are where rank 0 looks for them."""
+        filesystem, root = artifacts.locate(self._place(step))
+        present = {path.rpartition("/")[2] for path in filesystem.ls(root, detail=False)}
+        found = {_file_name(rank) for rank in range(1, self.world.size)} & present
+        if len(found) < self.world.size - 1:
             raise artifacts.ArtifactMissing(
-                f"{url} holds the files of {len(found)} ranks of {self.world.size}: the run folder must be storage "
-                "that all ranks share (a shared file system or an object store's URL)"
+                f"{self._place(step)} holds the files of {len(found) + 1} ranks of {self.world.size}: the run folder "
+                "must be storage that all ranks share (a shared file system or an object store's URL)"
             )
 
     def _remove(self, step: int) -> None:
@@ -188,14 +306,21 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
     random.setstate((version, tuple(internal), gauss))
 
 
+def _file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
 def _local_state(
     named: Named, optimizer: torch.optim.Optimizer, world: World
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """What this rank saves, and which rows of what it is. Rank 0 saves what all ranks hold alike."""
+    """Copies of what this rank saves, in CPU memory, and which rows of what they are.
+
+    Rank 0 saves what all ranks hold alike.
+    """
     tensors, pieces = {}, []
 
     def add(name: str, tensor: Tensor, first: int, rows: int) -> None:
-        tensors[name] = tensor.detach().cpu().contiguous()
+        tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
         pieces.append({"name": name, "first": first, "rows": rows})
 
     for name, parameter in named:

@@ -22,6 +22,10 @@ class LossSpike(TrainingStopped):
     """The loss left its usual range for several updates in a row."""
 
 
+class Preempted(Exception):
+    """SIGTERM ended the run after a step, and a checkpoint of that step is there. Not a failure: start it again."""
+
+
 @dataclass
 class SpikeGuard:
     """Rejects a loss more than ``sigmas`` robust deviations above the median of the last accepted ones.

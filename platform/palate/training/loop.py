@@ -5,7 +5,8 @@ micro-batches and ranks, and neither changes what is computed. Each group of par
 and update counter; a group whose total in the global batch is 0 is left alone: no gradient, no moments, no decay.
 
 On retry: a run that is started again goes on from its last whole checkpoint with the same batches, and at the same
-number of ranks with the same bits; a finished run does nothing.
+number of ranks with the same bits; a finished run does nothing. SIGTERM saves the step that is under way, and ends the
+run after it.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from palate.training.checkpoints import Store
 from palate.training.loading import Ahead
 from palate.training.logging import RunLog
 from palate.training.parallel import Precision, World
+from palate.training.preemption import Notice
 from palate.training.stream import Cursor, Loaded, Stream, Unit, part
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,8 @@ class LoopConfig:
     """Steps between checkpoints; there is one at the end in any case."""
     keep: int = scale(2)
     """Checkpoints to keep."""
+    background_saves: bool = scale(True)
+    """Go on training while a checkpoint is written, at the cost of a copy of what it holds in CPU memory."""
     tensorboard: bool = scale(True)
     """Write TensorBoard's event files beside the JSON lines."""
     label: str = scale("training")
@@ -152,6 +156,8 @@ def train(
     identity: Mapping[str, Any] | None = None,
     kept: Sequence[tuple[str, nn.Parameter]] = (),
     before_step: Callable[[int], None] = lambda step: None,
+    flops: Callable[[Mapping[str, float]], float] | None = None,
+    peak_flops: float | None = None,
     fresh: bool = False,
 ) -> TrainingSummary:
     """Train ``model`` in place; every rank calls it and ends with the same weights.
@@ -165,11 +171,15 @@ def train(
         identity: JSON values of whatever else decides the result, such as the base model and the loss's options.
         kept: what changes while training without being trained (averages of weights), to be in checkpoints too.
         before_step: called on every rank before each update, with the update's number from 1.
+        flops: the model's FLOPs of a global batch, given its totals (of ``weigh``); logged as ``flops_per_second``.
+        peak_flops: FLOPs a second that one rank's device can do; the share that ``flops`` takes is logged as ``mfu``.
         fresh: discard the checkpoints that are there.
 
     Raises:
         ArtifactMismatch: the folder holds another run; the message names what differs.
         TrainingStopped: a guard ended the run (see ``guards``).
+        Preempted: SIGTERM ended it; the next run goes on from the step that the message names.
+        SaveFailed, or what writing raised: a checkpoint could not be written; raised at a later step, or at the end.
         ValueError: the groups or what ``weigh`` returns do not fit.
     """
     world = world or World()
@@ -182,7 +192,8 @@ def train(
         eps=config.epsilon,
         fused=True,
     )
-    store = Store(str(folder), _identity(groups, stream, config, identity or {}), config.keep, world)
+    described = _identity(groups, stream, config, identity or {})
+    store = Store(str(folder), described, config.keep, world, config.background_saves)
     state = _State(stream.start(), {g.name: 0 for g in groups}, guards.SpikeGuard(config.spike_sigmas))
     _seed(config.seed, 0, world.rank)
     if fresh:
@@ -194,23 +205,48 @@ def train(
         log.info("going on from step %d of %d in %s", state.step, config.steps, folder)
     resumed = state.step
     with contextlib.ExitStack() as stack:
+        stack.callback(store.close)
+        notice = stack.enter_context(Notice())
         run_log = None
         if world.main and resumed < config.steps:
-            run_log = RunLog(str(folder), config.steps, resumed, config.label, config.tensorboard)
+            peak = None if peak_flops is None else peak_flops * world.size
+            run_log = RunLog(str(folder), config.steps, resumed, config.label, config.tensorboard, peak)
             stack.callback(run_log.close)
         ahead = {"steps": config.read_ahead, "readers": config.readers}
         data = stack.enter_context(Ahead(stream, state.cursors, world.rank, world.size, **ahead))
-        run = _Run(model, groups, stream, data, weigh, loss, config, world, optimizer, state, run_log)
-        while state.step < config.steps:
-            before_step(state.step + 1)
-            figures = run.step()
-            if state.step % config.checkpoint_every == 0 or state.step == config.steps:
-                if run_log:
-                    run_log.publish()
-                store.save(state.step, named, optimizer, asdict(state))
-                world.report(figures)
+        run = _Run(
+            model, groups, stream, data, weigh, loss, flops, config, world, optimizer, state, store, notice, run_log
+        )
+        try:
+            while state.step < config.steps:
+                before_step(state.step + 1)
+                figures = run.step()
+                preempted = run.preempted and state.step < config.steps
+                if state.step % config.checkpoint_every == 0 or state.step == config.steps or preempted:
+                    if run_log:
+                        run_log.publish()
+                    store.save(state.step, named, optimizer, asdict(state))
+                    world.report(figures)
+                if preempted:
+                    store.wait()
+                    raise guards.Preempted(
+                        f"SIGTERM ended the run after step {state.step} of {config.steps}, which is saved in {folder}: "
+                        "the same command goes on from there"
+                    )
+            store.wait()
+        except guards.TrainingStopped:  # on all ranks
+            _finish_saving(store)
+            raise
     seconds = time.perf_counter() - started
     return TrainingSummary(state.step, resumed, state.loss, state.updates, state.corrupt, seconds)
+
+
+def _finish_saving(store: Store) -> None:
+    """Let the checkpoint on its way become whole; what goes wrong with it must not hide why the run stops."""
+    try:
+        store.wait()
+    except Exception as error:
+        log.error("the last checkpoint was not written: %s", error)
 
 
 def updates_per_group(stream: Stream, weigh: Weigh, groups: Sequence[str], steps: int) -> dict[str, int]:
@@ -247,11 +283,16 @@ class _Run:
     data: Ahead
     weigh: Weigh
     loss: Loss
+    flops: Callable[[Mapping[str, float]], float] | None
     config: LoopConfig
     world: World
     optimizer: torch.optim.Optimizer
     state: _State
+    store: Store
+    notice: Notice
     log: RunLog | None
+    preempted: bool = False
+    """Whether some rank had the notice in the last step, which all ranks know alike."""
 
     def __post_init__(self) -> None:
         self.sharded = any(parallel.is_sharded(p) for group in self.groups for _, p in group.parameters)
@@ -297,7 +338,8 @@ class _Run:
                 "skipped": not accepted,
                 "data_wait": round(waited / (time.perf_counter() - started), 4),
             }
-            self.log.step(row, {"samples": sum(len(unit.indices) for unit in units), **totals})
+            amounts = {"samples": sum(len(unit.indices) for unit in units), **totals}
+            self.log.step(row, amounts, self.flops(totals) if self.flops and totals else None)
         return {"step": number, "loss": loss, **metrics}
 
     def _totals(self, loaded: Sequence[Loaded]) -> dict[str, float]:
@@ -361,15 +403,16 @@ class _Run:
         return dict(zip([group.name for group in active], squares.sqrt().tolist(), strict=True))
 
     def _gather(self, outputs: Sequence[LossOutput]) -> tuple[float, dict[str, float]]:
-        """Loss and metrics of the global batch."""
+        """Loss and metrics of the global batch; with them travels what ranks must agree on between steps."""
         sums = _sum([{name: _number(pair[0]) for name, pair in output.metrics.items()} for output in outputs])
         weights = _sum([{name: _number(pair[1]) for name, pair in output.metrics.items()} for output in outputs])
         loss = sum(_number(output.loss) for output in outputs)
-        gathered = self.world.gather([loss, sums, weights])
-        sums, weights = _sum([theirs for _, theirs, _ in gathered]), _sum([theirs for _, _, theirs in gathered])
-        return sum(loss for loss, _, _ in gathered), {
-            name: sums[name] / weights[name] for name in sums if weights[name]
-        }
+        gathered = self.world.gather([loss, sums, weights, self.store.status(), self.notice.given])
+        losses, sums_of, weights_of, statuses, notices = zip(*gathered, strict=True)
+        self.preempted = any(notices)
+        self.store.advance(statuses)
+        sums, weights = _sum(sums_of), _sum(weights_of)
+        return sum(losses), {name: sums[name] / weights[name] for name in sums if weights[name]}
 
     def _update(self, active: Sequence[Group], norms: Mapping[str, float]) -> dict[str, float]:
         """Clip, set the learning rates and apply the gradients; returns the rate of each active group."""
