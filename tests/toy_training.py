@@ -7,6 +7,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -35,15 +36,21 @@ class ToyConfig:
     micro_batch: int = 2
     dropout: float = 0.2
     checkpoint_every: int = 4
+    keep: int = 2
+    background_saves: bool = True
+    read_ahead: int = 0
+    average: bool = False
+    """Keep a moving average of the first head's weights, which is not trained, in the checkpoints."""
     launcher: Literal["local", "torchrun"] = "local"
     sharded: bool = False
     kill_step: int = 0
-    """Send SIGKILL to the process of kill_rank in this step's loss; 0: never."""
+    """Send a signal to the process of kill_rank in this step's loss; 0: never."""
+    kill_signal: Literal["SIGKILL", "SIGTERM"] = "SIGKILL"
     kill_rank: int = 0
     marker: str = ""
     """Folder for the file "killed", by default the run's: who finds it there is not killed."""
     kill_fault: str = ""
-    """Send SIGKILL to rank 0 at this fault point of its second checkpoint."""
+    """Send SIGKILL to rank 0 at this fault point of its second checkpoint, once it is in kill_step, if that is set."""
     learning_rate: float = 0.05
     seed: int = 0
     tensorboard: bool = False
@@ -119,6 +126,9 @@ def run(settings: ToyConfig, world: World) -> dict[str, Any]:
         seed=settings.seed,
         micro_batch=settings.micro_batch,
         checkpoint_every=settings.checkpoint_every,
+        keep=settings.keep,
+        background_saves=settings.background_saves,
+        read_ahead=settings.read_ahead,
         tensorboard=settings.tensorboard,
         warmup_ratio=0.25,
     )
@@ -129,7 +139,14 @@ def run(settings: ToyConfig, world: World) -> dict[str, Any]:
 
     stream = Stream([source()], settings.global_batch, seed=settings.seed)
     parts = groups(model, settings.learning_rate)
-    summary = train(model, parts, stream, weigh, watched, loop, settings.folder, world, fresh=settings.fresh)
+    average = nn.Parameter(model.heads[0].weight.detach().clone(), requires_grad=False)
+    more: dict[str, Any] = {"fresh": settings.fresh}
+    if settings.average:
+        more |= {
+            "kept": [("average", average)],
+            "before_step": lambda step: average.data.lerp_(model.heads[0].weight.data, 0.25),
+        }
+    summary = train(model, parts, stream, weigh, watched, loop, settings.folder, world, **more)
     return dataclasses.asdict(summary)
 
 
@@ -141,13 +158,16 @@ def _killing(settings: ToyConfig, world: World) -> Callable[[Mapping[str, float]
         marker = Path(settings.marker or settings.folder) / "killed"
         if not marker.exists():
             marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL if settings.kill_fault else signal.Signals[settings.kill_signal])
 
     points: list[str] = []
+    reached = threading.Event()
 
     def fault(point: str) -> None:
         points.append(point)
         if point == settings.kill_fault and points.count(point) == 2:
+            if settings.kill_step:
+                reached.wait()
             kill()
 
     if settings.kill_fault:
@@ -159,7 +179,9 @@ def _killing(settings: ToyConfig, world: World) -> Callable[[Mapping[str, float]
         if not steps or steps[-1] is not totals:
             steps.append(totals)
         if world.rank == settings.kill_rank and len(steps) == settings.kill_step:
-            kill()
+            reached.set()
+            if not settings.kill_fault:
+                kill()
 
     return before_loss
 
