@@ -13,6 +13,7 @@ widths.
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -133,32 +134,16 @@ class UniHeteroModel(PreTrainedModel):
             raise ValueError(
                 f"a {text.model_type} caps its logits, which is not implemented: choose another language model"
             )
-        width, width_in = text.hidden_size, config.feature_width
         self.vision = AutoModel.from_config(config.vision_config)
         if getattr(self.vision, "pooler", None) is not None:
             self.vision.pooler = None  # patches are all that is read
         self.language = AutoModelForCausalLM.from_config(text)
-        self.projector = Projector(width_in, width, config.embed_scale)
-        self.target_projector: Projector | None = None
-        self.semantic_head: nn.Module | None = None
-        self.branch: PreTrainedModel | None = None
-        self.pixel_head: nn.Module | None = None
-        if config.semantic != "none":
-            width_out = width if config.semantic == "embedding" else width_in
-            if config.semantic_loss == "diffusion":
-                self.semantic_head = DiffusionHead(width_out, width, config.head_width, config.head_blocks)
-            else:
-                self.semantic_head = MlpHead(width, width_out)
-            if config.semantic == "embedding" and config.target in ("ema", "frozen"):
-                self.target_projector = Projector(width_in, width, config.embed_scale)
-        if config.branch_from is not None:
-            self.branch = _upper_layers(text, config.branch_from)
-        if config.pixels == "inside":
-            self.pixel_head = DiffusionHead(config.latent_width, width, config.head_width, config.head_blocks)
-        elif config.pixels == "decoder":
-            self.pixel_head = PixelDecoder(
-                width, config.image_tokens, config.latent_width, config.head_width, config.head_blocks
-            )
+        self.projector = _projector(config)
+        self.semantic_head = _semantic_head(config)
+        self.pixel_head = _pixel_head(config)
+        slow = config.semantic == "embedding" and config.target in ("ema", "frozen")
+        self.target_projector = _projector(config) if slow else None
+        self.branch = None if config.branch_from is None else _upper_layers(text, config.branch_from)
         self.post_init()
         self.freeze()
 
@@ -173,10 +158,9 @@ class UniHeteroModel(PreTrainedModel):
             model.language.load_state_dict(language.state_dict())
             weights = {key: value for key, value in vision.state_dict().items() if not key.startswith("pooler.")}
             model.vision.load_state_dict(weights)
-            for number, part in enumerate((model.projector, model.semantic_head, model.pixel_head)):
-                if part is not None:
-                    torch.manual_seed(seed * 16 + number)
-                    _draw_again(part)
+            for number, (name, make) in enumerate(_NEW_PARTS.items()):
+                torch.manual_seed(seed * 16 + number)
+                setattr(model, name, make(config))
         if model.target_projector is not None:
             model.target_projector.load_state_dict(model.projector.state_dict())
         if model.branch is not None:
@@ -403,11 +387,35 @@ def _upper_layers(text: Any, start: int) -> PreTrainedModel:
     return cast(PreTrainedModel, branch)
 
 
-def _draw_again(part: nn.Module) -> None:
-    """Draw a part's weights anew, as its modules draw them, but for those that begin at zero."""
-    for module in part.modules():
-        if isinstance(module, nn.Linear) and bool(module.weight.any()):
-            module.reset_parameters()
+def _projector(config: UniHeteroConfig) -> Projector:
+    return Projector(config.feature_width, config.text_config.hidden_size, config.embed_scale)
+
+
+def _semantic_head(config: UniHeteroConfig) -> nn.Module | None:
+    if config.semantic == "none":
+        return None
+    width = config.text_config.hidden_size
+    width_out = width if config.semantic == "embedding" else config.feature_width
+    if config.semantic_loss == "diffusion":
+        return DiffusionHead(width_out, width, config.head_width, config.head_blocks)
+    return MlpHead(width, width_out)
+
+
+def _pixel_head(config: UniHeteroConfig) -> nn.Module | None:
+    if config.pixels == "none":
+        return None
+    width, head = config.text_config.hidden_size, (config.head_width, config.head_blocks)
+    if config.pixels == "inside":
+        return DiffusionHead(config.latent_width, width, *head)
+    return PixelDecoder(width, config.image_tokens, config.latent_width, *head)
+
+
+# What a model has beside the language model and the encoder.
+_NEW_PARTS: dict[str, Callable[[UniHeteroConfig], nn.Module | None]] = {
+    "projector": _projector,
+    "semantic_head": _semantic_head,
+    "pixel_head": _pixel_head,
+}
 
 
 def _config(given: Any, default: str) -> Any:

@@ -14,13 +14,14 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import AutoProcessor
 
 from palate import artifacts, progress
 from palate.artifacts import Artifact, Writer, join
 from palate.config import identity, require_at_least, require_shares, scale
 from palate.corpora.captions import IMAGE_TEXT_INDEX
 from palate.models.causal_lm import load_causal_lm
+from palate.models.vision import load_vision
 from palate.models.weights import sampled_hash
 from palate.training.checkpoints import Store
 from palate.training.loop import TrainingSummary
@@ -168,17 +169,13 @@ def load_parts(config: TrainConfig, device: str) -> Parts:
     else:
         loaded = load_causal_lm(config.language)
         language, tokenizer = loaded.model, loaded.tokenizer
-        try:
-            vision = AutoModel.from_pretrained(config.vision)
-            image_processor = AutoImageProcessor.from_pretrained(config.vision)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"--vision {config.vision} cannot be loaded: {error}\nName a hub id or a folder"
-            ) from error
-        vision = getattr(vision, "vision_model", vision)  # of a model of images and texts, the images' half
+        encoder = load_vision(config.vision)
+        vision, image_processor = encoder.model, encoder.image_processor
         add_image_tokens(tokenizer)
         if len(tokenizer) > language.config.vocab_size:
-            language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)  # of the new tokens' embeddings
+                language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         patches = (vision.config.image_size // vision.config.patch_size) ** 2
         tokens = config.image_tokens or patches
         processor = UniHeteroProcessor(image_processor, tokenizer, image_tokens=tokens)

@@ -106,7 +106,8 @@ class Pretraining:
 
     def after_step(self, step: int) -> None:
         """The averages of weights after ``step`` updates, and a look at the model where one is wanted."""
-        self.model.follow(self.objective.momentum)
+        if self.config.stage != "pixels":  # there the projector stands still
+            self.model.follow(self.objective.momentum)
         if self.average is not None:
             self.average.follow(step)
         if self.observe is not None and step in self.stops:
