@@ -1,6 +1,7 @@
 """Runs in processes of their own that get a real SIGKILL, on one rank and on two, and are started again."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -17,7 +18,14 @@ POINTS = ["before data", "after data", "before manifest", "after manifest"]
 
 
 def run(folder, ranks=1, check=True, **options) -> bool:
-    """One run in processes of its own, as torchrun would start them. Returns whether all ended well."""
+    """One run in processes of its own. Returns whether all ended well."""
+    well = not any(exit_codes(folder, ranks, **options))
+    assert well or not check
+    return well
+
+
+def exit_codes(folder, ranks=1, **options) -> list[int | None]:
+    """How the processes of a run ended, which are started as torchrun would start them."""
     settings = toy.ToyConfig(str(folder), launcher="torchrun" if ranks > 1 else "local", **options)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -31,16 +39,26 @@ def run(folder, ranks=1, check=True, **options) -> bool:
         process.join(timeout=100)
         process.kill()
         process.join()
-    well = all(process.exitcode == 0 for process in processes)
-    assert well or not check
-    return well
+    return [process.exitcode for process in processes]
 
 
 def kill(folder, ranks=1, **options) -> None:
-    """A run that is killed on the way; the log shows that it did not reach its end."""
+    """A run that is killed on the way, before its last checkpoint."""
     assert not run(folder, ranks, check=False, **options)
     assert (Path(folder) / "killed").exists()
-    assert len(read(folder)) < 12
+    assert not artifacts.exists(Path(folder) / "checkpoints" / "step-00000012")
+    (Path(folder) / "killed").unlink()
+
+
+def terminate(folder, step, ranks=1, **options) -> None:
+    """A run that gets SIGTERM in a step; it saves that step as its last and ends with an error of Python's."""
+    ended = exit_codes(folder, ranks, kill_step=step, kill_signal="SIGTERM", **options)
+    assert ended == [1] * ranks
+    (Path(folder) / "killed").unlink()
+    assert [row["step"] for row in read(folder)] == list(range(1, step + 1))
+    newest = max(path.name for path in (Path(folder) / "checkpoints").iterdir())
+    assert newest == f"step-{step:08d}"
+    artifacts.open_artifact(Path(folder) / "checkpoints" / newest).verify()
 
 
 def state(folder, ranks=1) -> list[dict]:
@@ -90,14 +108,51 @@ def test_sigkill_in_a_step_on_one_rank(tmp_path, one_rank, step):
     assert_bit_equal(tmp_path, one_rank)
 
 
+@pytest.mark.parametrize("background", [True, False])
 @pytest.mark.parametrize("point", POINTS)
-def test_sigkill_inside_a_checkpoint_on_one_rank(tmp_path, one_rank, point):
-    kill(tmp_path, kill_fault=point)
+def test_sigkill_inside_a_checkpoint_on_one_rank(tmp_path, one_rank, point, background):
+    kill(tmp_path, kill_fault=point, background_saves=background)
     run(tmp_path)
     assert_bit_equal(tmp_path, one_rank)
 
 
-@pytest.mark.parametrize("options", [{"kill_step": 7, "kill_rank": 1}, {"kill_fault": "before manifest"}])
+@pytest.mark.parametrize("point", POINTS[1:])  # the first is passed before training goes on
+def test_sigkill_in_a_later_step_while_a_checkpoint_is_written(tmp_path, one_rank, point):
+    kill(tmp_path, kill_fault=point, kill_step=11, read_ahead=2)
+    assert len(read(tmp_path)) >= 10
+    assert artifacts.exists(tmp_path / "checkpoints" / "step-00000008") == (point == "after manifest")
+    run(tmp_path, read_ahead=2)
+    assert_bit_equal(tmp_path, one_rank)
+
+
+def test_an_average_and_what_updates_it_are_exact_through_sigkill_and_sigterm(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(whole, average=True)
+    kill(cut, average=True, kill_step=6)
+    assert exit_codes(cut, average=True, kill_step=2, kill_signal="SIGTERM") == [1]
+    assert 2 <= len(read(cut)) < 12
+    run(cut, average=True)
+    assert_bit_equal(cut, whole)
+    assert "model.average" in state(cut)[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_in_any_step(tmp_path, one_rank, two_ranks, ranks):
+    """Only the last rank gets it; all save that step, and go on from it."""
+    step = random.Random(ranks).randint(1, 11)
+    terminate(tmp_path, step, ranks, kill_rank=ranks - 1, read_ahead=2)
+    run(tmp_path, ranks)
+    assert_bit_equal(tmp_path, {1: one_rank, 2: two_ranks}[ranks], ranks)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kill_step": 7, "kill_rank": 1},
+        {"kill_fault": "before manifest"},
+        {"kill_fault": "after data", "kill_step": 11},
+    ],
+)
 def test_sigkill_of_one_of_two_ranks(tmp_path, two_ranks, options):
     kill(tmp_path, ranks=2, **options)
     run(tmp_path, ranks=2)
@@ -126,11 +181,12 @@ def test_two_ranks_equal_one(tmp_path, exact):
 
 def test_ranks_checkpoint_to_object_storage_and_go_on(s3_url, tmp_path, exact):
     url = f"{s3_url}/run"
-    assert not run(url, 2, check=False, dropout=0.0, sharded=True, kill_step=7, marker=str(tmp_path))
+    options = {"dropout": 0.0, "sharded": True, "marker": str(tmp_path)}
+    assert not run(url, 2, check=False, kill_step=7, background_saves=False, **options)
     filesystem, root = artifacts.locate(url)
     files = filesystem.glob(f"{root}/checkpoints/step-00000004/rank-*.safetensors")
     assert [file.rpartition("/")[2] for file in files] == ["rank-00000.safetensors", "rank-00001.safetensors"]
-    run(url, ranks=2, dropout=0.0, sharded=True)
+    run(url, ranks=2, **options)
     assert_equal_within_rounding(url, exact)
 
 
@@ -138,6 +194,17 @@ def test_ranks_checkpoint_to_object_storage_and_go_on(s3_url, tmp_path, exact):
 def test_started_again_on_another_number_of_ranks(tmp_path, exact, before, after):
     kill(tmp_path, before, dropout=0.0, kill_step=7)
     run(tmp_path, after, dropout=0.0)
+    assert_equal_within_rounding(tmp_path, exact)
+
+
+def test_on_two_ranks_then_one_then_three(tmp_path, exact):
+    """Killed and preempted on the way, with samples read ahead and checkpoints in the background."""
+    options = {"dropout": 0.0, "read_ahead": 3}
+    kill(tmp_path, 2, kill_step=7, kill_rank=1, **options)
+    run_until_sigterm = exit_codes(tmp_path, 1, kill_step=2, kill_signal="SIGTERM", **options)
+    assert run_until_sigterm == [1]
+    assert 2 <= len(read(tmp_path)) < 12
+    run(tmp_path, 3, **options)
     assert_equal_within_rounding(tmp_path, exact)
 
 
@@ -159,3 +226,13 @@ def test_sharded_ranks_equal_one_and_go_on_sharded_or_not(tmp_path, exact):
     kill(plain, **options, kill_step=7)
     run(plain, dropout=0.0)
     assert_equal_within_rounding(plain, exact)
+
+
+@pytest.mark.slow
+def test_sharded_ranks_are_preempted_and_go_on_in_another_number(tmp_path, exact):
+    options = {"dropout": 0.0, "sharded": True, "read_ahead": 2}
+    terminate(tmp_path, 5, ranks=2, kill_rank=1, **options)
+    # While the checkpoint of step 8 is written, in step 9, this start's fourth.
+    kill(tmp_path, 3, kill_fault="after data", kill_step=4, checkpoint_every=2, **options)
+    run(tmp_path, 1, dropout=0.0)
+    assert_equal_within_rounding(tmp_path, exact)

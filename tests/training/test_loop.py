@@ -3,14 +3,17 @@
 import dataclasses
 import json
 import math
+import signal
+import threading
 
 import pytest
 import torch
 from torch import nn
 
 import toy_training as toy
-from palate.training import loop, stream
-from palate.training.logging import read
+from palate import artifacts
+from palate.training import guards, loop, stream
+from palate.training.logging import RunLog, read
 from palate.training.loop import Group, LoopConfig, LossOutput, train
 from palate.training.parallel import World
 
@@ -260,3 +263,123 @@ def test_what_does_not_fit_is_refused(tmp_path):
         )
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         LoopConfig(0)
+
+
+def test_utilization_is_the_models_flops_of_what_each_step_had(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model, seen = Line(), []
+
+    def flops(totals):
+        seen.append(totals)
+        return 1e6 * totals["a"]
+
+    batches, config = line_stream(line_samples("a" * 12)), LoopConfig(5)
+    train(model, line_groups(model), batches, weigh, squares, config, tmp_path, flops=flops, peak_flops=2e9)
+    rows = read(tmp_path)
+    assert [totals["a"] for totals in seen] == [row["groups"]["a"]["total"] for row in rows]
+    for row in rows:
+        assert row["flops_per_second"] == pytest.approx(1e6 * row["groups"]["a"]["total"] / row["seconds"])
+        assert row["mfu"] == pytest.approx(row["flops_per_second"] / 2e9)
+    assert rows[-1]["seconds_left"] == 0
+    assert rows[1]["seconds_left"] == pytest.approx(3 * rows[1]["seconds"], abs=0.06)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert {"mfu", "flops_per_second", "samples_per_second", "data_wait", "seconds_left"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert [event.value for event in events.Scalars("mfu")] == pytest.approx([row["mfu"] for row in rows])
+    run(tmp_path / "plain", steps=1)
+    assert not {"mfu", "flops_per_second"} & read(tmp_path / "plain")[0].keys()
+
+
+@pytest.mark.parametrize("start", [0, 50])
+def test_the_time_left_counts_neither_the_first_step_nor_what_an_earlier_start_did(tmp_path, monkeypatch, start):
+    now = [1000.0]
+    monkeypatch.setattr("time.time", lambda: now[0])
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    log = RunLog(str(tmp_path), 100, start, "training", False)
+    bar = log._bar
+    bar._time, bar.mininterval, bar.delay, bar.miniters, bar.dynamic_miniters = lambda: now[0], 0, 0, 0, False
+    rows = []
+    for step in range(start + 1, start + 12):
+        now[0] += 60.0 if step == start + 1 else 2.0  # the first step compiles
+        rows.append({"step": step, "loss": 1.0})
+        log.step(rows[-1], {"samples": 8})
+    shown = bar.format_dict
+    log.close()
+    assert "seconds_left" not in rows[0]
+    assert rows[-1]["seconds_left"] == 2 * (100 - start - 11)
+    assert rows[-1]["samples_per_second"] == 4
+    assert (shown["n"], shown["initial"], shown["elapsed"]) == (start + 11, start + 1, 20)
+    assert shown["rate"] == pytest.approx(0.5)  # of which tqdm makes the time left
+
+
+def sigterm_in(monkeypatch, step):
+    """Send SIGTERM to this process in the loss of a step."""
+    original, batches = toy.loss, []
+
+    def loss(model, samples, totals):
+        if not batches or batches[-1] is not totals:
+            batches.append(totals)
+            if len(batches) == step:
+                signal.raise_signal(signal.SIGTERM)
+        return original(model, samples, totals)
+
+    monkeypatch.setattr(toy, "loss", loss)
+
+
+@pytest.fixture
+def former():
+    """A handler of SIGTERM that stands for the launcher's; what it got."""
+    got = []
+
+    def handler(number, frame):
+        got.append(number)
+
+    before = signal.signal(signal.SIGTERM, handler)
+    yield handler, got
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("step", [1, 4, 11])
+def test_sigterm_saves_the_step_and_ends_the_run(tmp_path, monkeypatch, former, step):
+    settings = toy.ToyConfig(str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        sigterm_in(patch, step)
+        with pytest.raises(guards.Preempted, match=f"after step {step} of 12, which is saved in .*cut"):
+            toy.run(settings, World())
+    assert signal.getsignal(signal.SIGTERM) is former[0]
+    assert former[1] == []
+    artifacts.open_artifact(tmp_path / "cut" / "checkpoints" / f"step-{step:08d}").verify()
+    assert toy.run(settings, World())["resumed"] == step
+    toy.run(toy.ToyConfig(str(tmp_path / "whole")), World())
+    assert toy.trace(tmp_path / "cut") == toy.trace(tmp_path / "whole")
+
+
+def test_sigterm_in_the_last_step_is_for_whoever_comes_after(tmp_path, monkeypatch, former):
+    sigterm_in(monkeypatch, 12)
+    assert toy.run(toy.ToyConfig(str(tmp_path)), World())["steps"] == 12
+    assert former[1] == [signal.SIGTERM]
+
+
+def test_a_thread_leaves_signals_alone(tmp_path, monkeypatch, former):
+    seen = []
+    original = toy.loss
+    monkeypatch.setattr(
+        toy, "loss", lambda *values: (seen.append(signal.getsignal(signal.SIGTERM)), original(*values))[1]
+    )
+    thread = threading.Thread(target=toy.run, args=(toy.ToyConfig(str(tmp_path), steps=2), World()))
+    thread.start()
+    thread.join()
+    assert len(read(tmp_path)) == 2
+    assert set(seen) == {former[0]}
+
+
+def test_a_preempted_run_tells_of_its_steps_as_often_as_it_saved(tmp_path, monkeypatch):
+    """Ray's report is a barrier: on each rank it must come equally often."""
+    told = []
+    sigterm_in(monkeypatch, 6)
+    with pytest.raises(guards.Preempted):
+        toy.run(toy.ToyConfig(str(tmp_path)), World(report=lambda figures: told.append(figures["step"])))
+    assert told == [4, 6]
