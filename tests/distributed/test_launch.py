@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 import toy_training as toy
-from palate.distributed.launch import launch, run_ray
-from palate.training.guards import NonFinite
+from palate.distributed.launch import FINAL, launch, run_ray
+from palate.training.guards import NonFinite, Preempted
 from palate.training.logging import read
 from palate.training.parallel import World
 
@@ -47,6 +47,19 @@ def test_what_is_done_once_is_not_done_again_when_torchrun_restarts(tmp_path, mo
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
         launch(toy.run, settings, launcher="torchrun", folder=tmp_path, once=done.append)
     assert done == [settings, settings]
+
+
+def test_sigterm_ends_the_script_with_its_exit_status_and_the_next_goes_on(tmp_path, caplog):
+    settings = toy.ToyConfig(str(tmp_path), kill_step=7, kill_signal="SIGTERM")
+    with pytest.raises(SystemExit) as ended:
+        launch(toy.run, settings, launcher="local", folder=tmp_path)
+    assert ended.value.code == 143
+    assert "SIGTERM ended the run after step 7 of 12" in caplog.text
+    assert launch(toy.run, settings, launcher="local", folder=tmp_path)["resumed"] == 7
+
+
+def test_preemption_is_no_error_that_would_come_again():
+    assert not issubclass(Preempted, FINAL)
 
 
 def stopping(settings: toy.ToyConfig, world: World) -> None:

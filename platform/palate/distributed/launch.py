@@ -5,11 +5,15 @@ machines, goes on from them. What Ray Train keeps (under ``FOLDER/ray``) holds n
 progress. The run folder must be storage that all workers see, a shared folder or a URL, and the workers must have
 palate installed, or on their PYTHONPATH.
 
+SIGTERM ends a training as ``guards.Preempted`` says: the script exits with 143, as if it had died of the signal, and
+torchrun may start it again. Ray's workers end as those of a machine that is gone, and are started again.
+
 On retry: starting the same command again goes on where the last one stopped.
 """
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from palate import artifacts
-from palate.training.guards import TrainingStopped
+from palate.training.guards import Preempted, TrainingStopped
 from palate.training.parallel import WAIT_SECONDS, World, backend, run_local, run_torchrun
 
 Launcher = Literal["local", "torchrun", "ray"]
@@ -49,7 +53,23 @@ def launch(
 
     Raises:
         ValueError: ``local`` with more than one worker.
+        SystemExit: SIGTERM ended the training, and what was done is saved.
     """
+    try:
+        return _launch(worker, config, launcher, workers, folder, once)
+    except Preempted as notice:
+        log.warning("%s", notice)
+        raise SystemExit(128 + signal.SIGTERM) from None
+
+
+def _launch(
+    worker: Callable[[Config, World], Result],
+    config: Config,
+    launcher: Launcher,
+    workers: int,
+    folder: str | Path,
+    once: Callable[[Config], None] | None,
+) -> Result:
     if launcher == "torchrun":
         return run_torchrun(worker, config, once)
     if launcher == "local" and workers > 1:

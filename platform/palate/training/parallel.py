@@ -24,7 +24,8 @@ Result = TypeVar("Result")
 class World:
     """The processes that train together. The default is this process alone.
 
-    ``report`` is called by every rank with the same figures at each checkpoint; a launcher may show them somewhere.
+    ``report`` is called by every rank with the same figures at each checkpoint; a launcher may show them somewhere. The
+    model is then that of the checkpoint, which may still be on its way to the storage.
     """
 
     rank: int = 0
