@@ -4,19 +4,20 @@ import tyro
 
 from palate.artifacts import ArtifactError, open_artifact
 from palate.corpora.schema import TEXT_CORPUS
-from palate.evaluation import images
+from palate.evaluation import images, vision
 from palate.evaluation.comparison import Comparison, TextConfig
 from palate.evaluation.images import ImagesConfig
 from palate.evaluation.subject import read_run
 from palate.evaluation.text_report import make_report
+from palate.evaluation.vision import VisionConfig
 
 
 def main() -> None:
     # Flags without the names of nested settings, as everywhere else.
-    subcommands = {"text": TextConfig, "images": ImagesConfig}
+    subcommands = {"text": TextConfig, "images": ImagesConfig, "vision": VisionConfig}
     config = tyro.extras.subcommand_cli_from_dict(subcommands, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
     try:
-        evaluate_images(config) if isinstance(config, ImagesConfig) else evaluate_text(config)
+        EVALUATE[type(config)](config)
     except (ArtifactError, ValueError, OSError) as error:
         raise SystemExit(f"evaluate: {error}") from None
 
@@ -38,6 +39,16 @@ def evaluate_images(config: ImagesConfig) -> None:
         print(f"  {name:>40}: {value:.3f} [{low:.3f}, {high:.3f}]")
     print(f"report: {report.url}/report.md")
 
+
+def evaluate_vision(config: VisionConfig) -> None:
+    report = vision.make_report(config)
+    print("accuracy by likelihood, with 95% intervals over images:")
+    for name, (value, low, high) in report.summary.items():
+        print(f"  {name:>40}: {value:.3f} [{low:.3f}, {high:.3f}]")
+    print(f"report: {report.url}/report.md")
+
+
+EVALUATE = {TextConfig: evaluate_text, ImagesConfig: evaluate_images, VisionConfig: evaluate_vision}
 
 if __name__ == "__main__":
     main()
