@@ -11,7 +11,7 @@ from palate.artifacts import Artifact, ArtifactError
 from palate.corpora import captions, git, jsonl, lamp, longlamp
 from palate.corpora.preparation import PrepareConfig, Recipe, Runner, prepare, run_local
 from palate.corpora.streams import CorpusError
-from palate.corpora.worlds import personas, shapes
+from palate.corpora.worlds import personas, scenes, shapes
 from palate.lpo import preparation as rankings
 
 Command = (
@@ -23,6 +23,7 @@ Command = (
     | Annotated[captions.CaptionsConfig, subcommand("captions")]
     | Annotated[personas.PersonasConfig, subcommand("personas")]
     | Annotated[shapes.ShapesConfig, subcommand("shapes")]
+    | Annotated[scenes.ScenesConfig, subcommand("scenes")]
 )
 
 
@@ -54,6 +55,7 @@ MAKE: dict[type, Callable[[Any], Artifact]] = {
     captions.CaptionsConfig: from_captions,
     personas.PersonasConfig: personas.prepare,
     shapes.ShapesConfig: shapes.prepare,
+    scenes.ScenesConfig: scenes.prepare,
 }
 
 

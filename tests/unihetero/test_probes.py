@@ -1,0 +1,52 @@
+"""Linear probes: at chance on noise, right where the features say it."""
+
+import numpy as np
+import pytest
+
+from palate.corpora.worlds import scenes
+from palate.corpora.worlds.shapes import HUES, SHAPES
+from palate.unihetero.probes import CHANCE, probe, token_of
+
+TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    random = np.random.default_rng(0)
+    return [[scenes.draw(random) for _ in range(count)] for count in (400, 200)]
+
+
+def telling(described):
+    """Features that say at each token which shape and colour are there."""
+    found = np.zeros((len(described), TOKENS, len(SHAPES) + len(HUES)))
+    for row, scene in zip(found, described, strict=True):
+        for one in scene.objects:
+            token = row[token_of(one.x, one.y, TOKENS)]
+            token[SHAPES.index(one.shape)] = 1
+            token[len(SHAPES) + list(HUES).index(one.colour)] = 1
+    return found
+
+
+def test_features_that_tell_all(drawn):
+    train, test = drawn
+    found = probe(telling(train), train, telling(test), test)
+    assert all(found[name] > 0.97 for name in ("local shape", "local colour", "local object", "pooled shape"))
+    assert found["pooled place"] < 0.65  # a mean over places tells none, only how many there are
+
+
+def test_noise_is_at_chance(drawn):
+    train, test = drawn
+    random = np.random.default_rng(1)
+    found = probe(random.normal(size=(400, TOKENS, 8)), train, random.normal(size=(200, TOKENS, 8)), test)
+    for name, value in found.items():
+        assert value == pytest.approx(CHANCE.get(name, 0.5), abs=0.08), name
+
+
+def test_the_token_over_a_point():
+    assert [token_of(x, y, TOKENS) for x, y in ((0, 0), (31.9, 0), (0, 31.9), (32, 32), (8.1, 7.9))] == [
+        0,
+        3,
+        12,
+        15,
+        1,
+    ]
