@@ -83,7 +83,12 @@ def test_an_error_that_would_come_again_is_raised_as_it_is(tmp_path, ray_cluster
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("workers", "kill"), [(1, {"kill_fault": "before manifest"}), (2, {"kill_step": 7, "kill_rank": 1})]
+    ("workers", "kill"),
+    [
+        (1, {"kill_fault": "before manifest"}),
+        (2, {"kill_fault": "before manifest"}),
+        (2, {"kill_step": 7, "kill_rank": 1, "background_saves": False}),
+    ],
 )
 def test_a_killed_worker_is_started_again_and_nothing_changes(tmp_path, ray_cluster, workers, kill):
     whole = toy.ToyConfig(str(tmp_path / "whole"))
@@ -102,7 +107,7 @@ def test_a_killed_worker_is_started_again_and_nothing_changes(tmp_path, ray_clus
 def test_a_failed_run_goes_on_with_another_number_of_workers(tmp_path, ray_cluster):
     import ray.train
 
-    settings = toy.ToyConfig(str(tmp_path / "killed"), dropout=0.0, kill_step=7)
+    settings = toy.ToyConfig(str(tmp_path / "killed"), dropout=0.0, kill_step=7, background_saves=False)
     with pytest.raises(ray.train.TrainingFailedError):
         run_ray(toy.run, settings, workers=2, folder=settings.folder, failures=0)
     summary = run_ray(toy.run, settings, workers=1, folder=settings.folder)
