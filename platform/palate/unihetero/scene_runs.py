@@ -43,7 +43,6 @@ from palate.unihetero.training import PretrainConfig, pretrain
 
 KIND = "unihetero-run"
 WORDS = ("Caption:", "Question:", "Answer:")
-WARMUP = 50  # steps; whatever a run's length, so that a longer run goes on from a shorter one
 _FREE_RUN = 256  # test scenes on which free running is measured
 _PROBED = (3000, 1000)  # scenes that probes are fitted on, and tested on
 
@@ -70,6 +69,8 @@ class RunConfig:
     """Samples an update."""
     learning_rate: float = 1e-3
     """Constant after the warm-up; what is measured is an average of the weights."""
+    warmup: int = 50
+    """Steps over which the rate rises, whatever a run's length: so a longer run goes on from a shorter one."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     monitor_every: int = 100
     """Steps between looks at targets and gradients."""
@@ -228,7 +229,7 @@ class _Run:
                 batch=config.batch,
                 learning_rate=config.learning_rate,
                 schedule="constant",
-                warmup_ratio=min(0.5, WARMUP / steps),
+                warmup_ratio=config.warmup / steps,
                 average=WIDTH_10,
                 spike_sigmas=None,
                 monitor_every=config.monitor_every,
