@@ -7,9 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from palate.corpora.questions import read_tsv
 from palate.corpora.streams import CorpusError
 from palate.corpora.worlds import scenes
-from palate.corpora.worlds.shapes import HUES
+from palate.corpora.worlds.shapes import HUES, decode_png
 
 SMALL = {"encoder": 5, "train": 30, "validation": 3, "test": 10, "per_shard": 8}
 
@@ -121,6 +122,16 @@ def test_what_is_read_is_what_was_drawn(corpus):
     assert np.abs(split.images_N3HW.astype(int) - painted).max() <= 1
     assert all(len(questions) == 4 for questions in split.questions)
     assert json.dumps([scene.caption for scene in split.scenes])
+
+
+def test_the_test_scenes_questions_as_multiple_choice(corpus):
+    split = scenes.read_split(corpus, "test")
+    choices = read_tsv(str(corpus.local("questions.tsv")))
+    expected = [(q.kind, q.text, q.answer) for questions in split.questions for q in questions]
+    assert [(one.category, one.question, one.options[one.answer]) for one in choices] == expected
+    pictures = {one.id.partition("-")[0]: decode_png(one.image) for one in choices}
+    assert len(pictures) == 10
+    assert np.abs(pictures["3"] * 255 - split.images_N3HW[3]).max() < 1e-6
 
 
 def test_splits_are_of_other_scenes_and_runs_repeat(corpus, tmp_path):

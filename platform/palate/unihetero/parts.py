@@ -1,7 +1,8 @@
 """The frozen parts of the experiment on scenes, made once: a vision encoder and an autoencoder trained without
 labels, on images that stand in no other split, and what they and a random encoder give for every scene.
 
-    vision/ random/ vae/          what transformers and diffusers load
+    vision/ random/ vae/          what transformers and diffusers load; vision/ with its image processor
+    language/                     a language model of random weights, whose tokenizer knows the scenes' words
     SPLIT.safetensors             features (N, P, s), random (N, P, s) and latents (N, P, c), float16
     report.json                   how well linear probes read the encoders (see ``probes``)
 """
@@ -15,13 +16,14 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import ViTModel
+from transformers import ViTImageProcessor, ViTModel
 
 from palate import artifacts, progress
 from palate.artifacts import Artifact, Writer
 from palate.config import scale
 from palate.corpora.worlds import scenes
 from palate.models import small_vision
+from palate.models.small_lm import small_llama, word_tokenizer
 from palate.unihetero import latents
 from palate.unihetero.model import UniHeteroConfig, grid
 from palate.unihetero.probes import probe
@@ -29,6 +31,7 @@ from palate.unihetero.probes import probe
 KIND = "unihetero-parts"
 TOKENS = 16  # visual tokens of a scene
 MERGE: Literal["concatenate"] = "concatenate"  # how the encoder's patches become these
+WORDS = ("Caption:", "Question:", "Answer:")  # that stand around texts (``phrasing.Words``)
 _AT_ONCE = 256
 _PROBED = 4000  # training scenes that probes are fitted on
 
@@ -51,6 +54,10 @@ class PartsConfig:
     """Of the encoder."""
     layers: int = 3
     """Of the encoder."""
+    language_width: int = 96
+    """Of the language model."""
+    language_layers: int = 4
+    """Of the language model."""
     seed: int = 0
     """Of all that is drawn."""
     fresh: bool = scale(False)
@@ -81,6 +88,15 @@ def make_parts(config: PartsConfig) -> Artifact:
         control = small_vision.random_encoder(settings, config.seed)
         for name, part in (("vision", vision), ("random", control), ("vae", vae)):
             part.save_pretrained(writer.folder / name)
+        size = {"height": scenes.SIDE, "width": scenes.SIDE}
+        ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
+            writer.folder / "vision"
+        )
+        tokenizer = word_tokenizer([*WORDS, *scenes.vocabulary()])
+        tokenizer.save_pretrained(writer.folder / "language")
+        small_llama(len(tokenizer), config.language_width, config.language_layers, seed=config.seed).save_pretrained(
+            writer.folder / "language"
+        )
         probed = {}
         for split in scenes.SPLITS[1:]:
             found = scenes.read_split(corpus, split)

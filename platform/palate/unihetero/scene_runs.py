@@ -34,7 +34,7 @@ from palate.unihetero.arms import ARMS, Arm, configured
 from palate.unihetero.averages import WIDTH_10
 from palate.unihetero.model import SemanticLoss, UniHeteroConfig, UniHeteroModel
 from palate.unihetero.objectives import ObjectiveConfig, Weights, total
-from palate.unihetero.parts import MERGE, TOKENS, EncodedSplit
+from palate.unihetero.parts import MERGE, TOKENS, WORDS, EncodedSplit
 from palate.unihetero.phrasing import Phrasing, add_image_tokens, text_first, with_tokens
 from palate.unihetero.probes import probe
 from palate.unihetero.samples import Batch, Sample, Segment, collate
@@ -42,7 +42,6 @@ from palate.unihetero.scoring import Asked, choose, correct, free_run, text_loss
 from palate.unihetero.training import PretrainConfig, pretrain
 
 KIND = "unihetero-run"
-WORDS = ("Caption:", "Question:", "Answer:")
 _FREE_RUN = 256  # test scenes on which free running is measured
 _PROBED = (3000, 1000)  # scenes that probes are fitted on, and tested on
 

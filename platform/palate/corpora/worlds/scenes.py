@@ -1,7 +1,8 @@
 """A synthetic world of scenes with several coloured shapes, with captions, and questions whose answers are known.
 
-A scene holds one to four shapes, each in a place of its own of a grid of four by four, named as squares of a chessboard:
-columns a to d from the left, rows 1 to 4 from the top. A caption names all of them; a question asks for one fact:
+A scene holds one to four shapes, each in a place of its own of a grid of four by four, named as squares of a
+chessboard: columns a to d from the left, rows 1 to 4 from the top. A caption names all of them; a question asks for
+one fact:
 
     shape     "what is the red one"           where just one object is red
     colour    "which colour is the circle"    where there is just one circle
@@ -11,7 +12,8 @@ columns a to d from the left, rows 1 to 4 from the top. A caption names all of t
 
 The artifact holds WebDataset shards, ``KEY.png``, ``KEY.txt`` (the caption), ``KEY.json`` (``Described``), in a
 folder for each split: ``encoder`` to train a vision encoder without labels, ``train`` and ``validation`` and ``test``
-for the model. Splits share no scene. Everything is a function of the seed.
+for the model. ``questions.tsv`` has the test scenes' questions as multiple choice (VLMEvalKit). Splits share no
+scene. Everything is a function of the seed.
 """
 
 import dataclasses
@@ -30,6 +32,7 @@ from PIL import Image
 from palate import artifacts
 from palate.artifacts import Artifact
 from palate.config import scale
+from palate.corpora.questions import Choice, write_tsv
 from palate.corpora.streams import CorpusError
 from palate.corpora.worlds import shapes
 from palate.corpora.worlds.shapes import HUES, SHAPES, Array, encode_png
@@ -115,7 +118,8 @@ def prepare(config: ScenesConfig) -> Artifact:
     """The corpus at ``config.out``."""
 
     def produce(writer: artifacts.Writer) -> None:
-        counts = {}
+        counts: dict[str, int] = {}
+        asked_about: list[list[Choice]] = []
         for number, split in enumerate(SPLITS):
             random = np.random.default_rng(np.random.SeedSequence([config.seed, number]))
             count = getattr(config, split)
@@ -127,7 +131,12 @@ def prepare(config: ScenesConfig) -> Artifact:
                 path = writer.folder / split / f"{split}-{start // config.per_shard:05d}.tar"
                 path.parent.mkdir(exist_ok=True)
                 _write_shard(path, split, start, drawn, asked)
+                if split == "test":
+                    asked_about += [
+                        _choices(f"{start + n}", *one) for n, one in enumerate(zip(drawn, asked, strict=True))
+                    ]
             counts[split] = count
+        write_tsv(str(writer.folder / "questions.tsv"), [choice for choices in asked_about for choice in choices])
         writer.write_json("report.json", counts)
         writer.summary.update(counts)
 
@@ -258,6 +267,16 @@ def _possible(scene: Described) -> dict[str, list[Question]]:
         "at": [Question("at", f"what is at {place}", at.get(place, NOTHING)) for place in PLACES],
         "count": named,
     }
+
+
+def _choices(name: str, scene: Described, questions: Sequence[Question]) -> list[Choice]:
+    """A scene's questions as multiple choice."""
+    (picture,) = paint([scene])
+    image, found = encode_png(picture), []
+    for one in questions:
+        options = OPTIONS[one.kind]
+        found.append(Choice(f"{name}-{one.kind}", image, one.text, "", options, options.index(one.answer), one.kind))
+    return found
 
 
 def _write_shard(
