@@ -186,6 +186,14 @@ def test_scale_fields_may_change_between_starts(tmp_path, whole):
     assert folders == ["step-00000009", "step-00000012"]  # the last two
 
 
+def test_an_unfinished_checkpoint_does_not_take_the_place_of_a_whole_one(tmp_path):
+    run_until_killed(tmp_path, fault=("before manifest", 2))
+    assert (tmp_path / "checkpoints" / "step-00000008").exists()
+    run_until_killed(tmp_path, step=8, checkpoint_every=3)  # from step 4; the 8th of this start
+    folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert folders == ["step-00000006", "step-00000009"]
+
+
 def test_a_checkpoint_is_safetensors_and_json_alone(whole):
     files = list((whole / "checkpoints" / "step-00000012").iterdir())
     assert sorted(path.name for path in files) == ["index.json", "manifest.json", "rank-00000.safetensors"]

@@ -181,8 +181,9 @@ class Store:
             writing.__exit__(type(error), error, error.__traceback__)
             raise
         writing.__exit__(None, None, None)
-        kept = [other for other in self._steps() if other <= step][-self.keep :]
-        for other in set(self._steps()) - set(kept):  # older ones, and later ones that were passed over as broken
+        steps = self._steps()
+        kept = [other for other in steps if other <= step and self._is_there(other)][-self.keep :]
+        for other in set(steps) - set(kept):  # older ones, and those that were not finished or passed over as broken
             self._remove(other)
 
     def load(self, named: Named, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
@@ -259,6 +260,13 @@ class Store:
                 f"{self._place(step)} holds the files of {len(found) + 1} ranks of {self.world.size}: the run folder "
                 "must be storage that all ranks share (a shared file system or an object store's URL)"
             )
+
+    def _is_there(self, step: int) -> bool:
+        try:
+            artifacts.open_artifact(self._place(step), KIND)
+        except artifacts.ArtifactError:
+            return False
+        return True
 
     def _remove(self, step: int) -> None:
         """Remove a checkpoint, the manifest first: the rest is then an unfinished one to every reader."""
