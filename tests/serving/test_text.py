@@ -3,6 +3,7 @@
 import pytest
 
 from palate.models.causal_lm import load_causal_lm
+from palate.models.small_lm import word_tokenizer
 from palate.serving.text import TextStream, decode
 
 TEXTS = [
@@ -89,3 +90,10 @@ def test_special_tokens_are_not_text(tokenizer):
     ids = [*ids_of(tokenizer, "a"), tokenizer.convert_tokens_to_ids("<|im_start|>"), *ids_of(tokenizer, "b")]
     deltas, final, _, _ = run(tokenizer, ids)
     assert final == "".join(deltas) == "ab"
+
+
+def test_special_tokens_within_a_text_leave_the_space_between_words():
+    words = word_tokenizer(["red", "left"])
+    ids = [words.convert_tokens_to_ids(word) for word in ("red", "<unknown>", "left", "<unknown>", "<unknown>", "red")]
+    deltas, final, _, _ = run(words, ids)
+    assert "".join(deltas) == final == "red left red"

@@ -42,6 +42,9 @@ class Request:
         seed: of this request's own generator.
         stop: the answer ends before the first of these strings.
         top_log_probs: how many of the likeliest tokens are reported beside each chosen one.
+        embeddings_Td: what the model reads at the T places of the prompt, where that is other than the embeddings of
+            ``prompt_ids``, such as an image.
+        barred: tokens that are never chosen.
     """
 
     prompt_ids: Sequence[int]
@@ -54,6 +57,8 @@ class Request:
     seed: int = 0
     stop: tuple[str, ...] = ()
     top_log_probs: int = 0
+    embeddings_Td: Tensor | None = None
+    barred: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -253,8 +258,14 @@ class Engine:
             )
         if "" in request.stop:
             raise ValueError("a stop string is empty")
-        if not 0 <= request.top_log_probs <= vocabulary:
-            raise ValueError(f"top_log_probs must lie in 0..{vocabulary}, found {request.top_log_probs}")
+        if not 0 <= request.top_log_probs <= (most_top := vocabulary - len(request.barred)):
+            raise ValueError(f"top_log_probs must lie in 0..{most_top}, found {request.top_log_probs}")
+        expected = (len(ids), self._config.hidden_size)
+        if request.embeddings_Td is not None and request.embeddings_Td.shape != expected:
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens needs embeddings of shape {expected}, found "
+                f"{tuple(request.embeddings_Td.shape)}"
+            )
         self._require_correctable(request)
 
     def _require_correctable(self, request: Request) -> None:
@@ -325,7 +336,9 @@ class Engine:
         self._cache.prefill(slice(first, first + len(group)), 0)
         self._decoding += group
         ends_B = torch.tensor([row.length - 1 for row in group])
-        return self._choose(first, *self._forward(group, tokens_BT, torch.arange(longest)[None], None, ends_B))
+        embeddings_BTd = self._embeddings(group, tokens_BT, 0)
+        positions_1T = torch.arange(longest)[None]
+        return self._choose(first, *self._forward(group, tokens_BT, positions_1T, None, ends_B, embeddings_BTd))
 
     def _prefill_chunk(self, row: _Row) -> list[Event]:
         last, start = self._slots - 1, row.length
@@ -335,7 +348,8 @@ class Engine:
         future_TL = torch.arange(row.length)[None] > positions_T[:, None]
         self._cache.prefill(slice(last, last + 1), start)
         ends_B = torch.tensor([len(tokens_T) - 1])
-        output = self._forward([row], tokens_T[None], positions_T[None], future_TL[None, None], ends_B)
+        embeddings_1Td = self._embeddings([row], tokens_T[None], start)
+        output = self._forward([row], tokens_T[None], positions_T[None], future_TL[None, None], ends_B, embeddings_1Td)
         if row.length < len(row.request.prompt_ids):
             return []
         slot = len(self._decoding)
@@ -362,12 +376,30 @@ class Engine:
         output = self._forward(rows, tokens_B[:, None], positions_B[:, None], future_BL[:, None, None], ends_B)
         return self._choose(0, *output)
 
+    def _embeddings(self, rows: list[_Row], tokens_BT: Tensor, start: int) -> Tensor | None:
+        """What rows read from position ``start`` of their prompts on, (B, T, d); None: their tokens, all of them."""
+        if all(row.request.embeddings_Td is None for row in rows):
+            return None
+        embeddings_BTd: Tensor = self._model.get_input_embeddings()(tokens_BT.to(self._device))
+        for place, row in enumerate(rows):
+            if row.request.embeddings_Td is not None:
+                given_Td = row.request.embeddings_Td[start : start + tokens_BT.shape[1]]
+                embeddings_BTd[place, : len(given_Td)] = given_Td.to(embeddings_BTd)
+        return embeddings_BTd
+
     def _forward(
-        self, rows: list[_Row], tokens_BT: Tensor, positions_BT: Tensor, future_B1TL: Tensor | None, ends_B: Tensor
+        self,
+        rows: list[_Row],
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        future_B1TL: Tensor | None,
+        ends_B: Tensor,
+        embeddings_BTd: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Logits (B, V), and the hidden states (B, d) that the head needs, at position ``ends_B`` of each row.
 
-        ``future_B1TL`` is true where a token must not attend; None is a causal pass over whole prompts.
+        ``future_B1TL`` is true where a token must not attend; None is a causal pass over whole prompts. With
+        ``embeddings_BTd`` the model reads these in the place of the tokens.
         """
         if self._rows is not None:
             self._rows.set(torch.tensor([row.request.adapter for row in rows], device=self._device))
@@ -385,10 +417,11 @@ class Engine:
         try:
             # By position: transformers 5.24 renamed `past_key_values` to `cache`.
             output = self._model(
-                tokens_BT.to(self._device),
+                tokens_BT.to(self._device) if embeddings_BTd is None else None,
                 mask_B1TL,
                 positions_BT.to(self._device),
                 self._cache,
+                inputs_embeds=embeddings_BTd,
                 use_cache=True,
                 output_hidden_states=bool(layers),
             )
@@ -406,6 +439,9 @@ class Engine:
             betas_B = torch.tensor([request.beta for request in requests], device=self._device)
             vectors_BJ = torch.stack(vectors).to(self._device)
             logits_BV = correct(logits_BV, hidden_states, vectors_BJ, betas_B, self._head)
+        for place, request in enumerate(requests):
+            if request.barred:
+                logits_BV[place, list(request.barred)] = -math.inf
         # One number a token for whoever draws, so that a row's numbers do not depend on the batch.
         uniforms_B = torch.cat([_uniform(row) for row in rows])
         temperatures, top_ps = [r.temperature for r in requests], [r.top_p for r in requests]

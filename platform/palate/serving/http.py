@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Protocol
 
@@ -30,11 +30,14 @@ from palate.serving.schemas import (
     CompletionRequest,
     FeedbackRequest,
     HistoryRequest,
+    SentImage,
     Unsupported,
 )
+from palate.serving.sent_images import read_image
 from palate.serving.served_run import TOKEN_CHARACTERS, chat_prompt
-from palate.serving.service import Hosted, Served, Service
+from palate.serving.service import Hosted, HostedUnified, Served, Service, Settings
 from palate.serving.text import decode
+from palate.serving.unified import LEAD, ServedUnified, prompt_embeddings, prompt_ids
 from palate.serving.worker import EngineFailed, Overloaded
 from palate.users.checks import require_id
 from palate.users.database import Database
@@ -164,18 +167,28 @@ async def chat_completions(body: ChatRequest, request: Request, by: By) -> Respo
     service = _service(request)
     with refusing():
         body.require_supported()
-        turns = body.turns()  # refuses parts that are no text
+        turns, images = body.turns(), body.images()  # refuses parts that are neither
     hosted = _hosted(service, body.model)
     _require_short(hosted, body)
+    if isinstance(hosted, HostedUnified):
+        return await _answer_about_images(request, by, hosted, body, turns, images)
+    if images:
+        raise ApiError(
+            400,
+            f"{body.model!r} reads text only: leave images out, or ask a model that reads them"
+            + (f" ({', '.join(sorted(service.unified))})" if service.unified else ""),
+            param=f"{images[0].where}.type",
+            code="unsupported_parameter",
+        )
     served = await asyncio.to_thread(service.serve, hosted, by.tenant, _user(body.user))
     try:
         prompt = await asyncio.to_thread(chat_prompt, hosted.run, turns, served.history)
     except ValueError as error:
         raise ApiError(400, str(error), param="messages") from error
     top = body.top_logprobs or 0
-    asked = _requests(service, hosted, served, body, [prompt], body.most_tokens, top)
+    asked = _requests(service, hosted, body, _personal(hosted, served, body, [prompt]), body.most_tokens, top)
     shape = _Chat(envelope("chat.completion", body.model), hosted, body.logprobs)
-    return await _answer(request, by, hosted, asked, shape, body, served, len(prompt))
+    return await _answer(request, by, hosted, asked, shape, body, len(prompt), {PERSONALIZATION: served.state})
 
 
 @routes.post("/v1/completions", responses=ERRORS)
@@ -186,20 +199,27 @@ async def completions(body: CompletionRequest, request: Request, by: By) -> Resp
         body.require_supported()
     hosted = _hosted(service, body.model)
     _require_short(hosted, body)
-    served = await asyncio.to_thread(service.serve, hosted, by.tenant, _user(body.user))
+    headers: dict[str, str] = {}
     tokenizer = hosted.run.loaded.plain_tokenizer
-    prompts = await asyncio.to_thread(lambda: [tokenizer(prompt).input_ids for prompt in body.prompts])
-    asked = _requests(service, hosted, served, body, prompts, body.max_tokens, body.logprobs or 0)
+    if isinstance(hosted, HostedUnified):
+        _require_impersonal(hosted, body)
+        ids = await asyncio.to_thread(lambda: [tokenizer(prompt).input_ids for prompt in body.prompts])
+        prompts = [engine.Request(prompt, barred=hosted.run.barred) for prompt in ids]
+    else:
+        served = await asyncio.to_thread(service.serve, hosted, by.tenant, _user(body.user))
+        headers[PERSONALIZATION] = served.state
+        ids = await asyncio.to_thread(lambda: [tokenizer(prompt).input_ids for prompt in body.prompts])
+        prompts = _personal(hosted, served, body, ids)
+    asked = _requests(service, hosted, body, prompts, body.max_tokens, body.logprobs or 0)
     shape = _Text(envelope("text_completion", body.model), hosted, body.logprobs is not None)
-    return await _answer(request, by, hosted, asked, shape, body, served, sum(map(len, prompts)))
+    return await _answer(request, by, hosted, asked, shape, body, sum(map(len, ids)), headers)
 
 
 @routes.get("/v1/models", responses=ERRORS)
 async def models(request: Request, by: By) -> dict[str, Any]:
     """The runs that are served, the live one first under the alias."""
     service = _service(request)
-    names = [service.settings.alias] if service.ready else []
-    return {"object": "list", "data": [_model(service, name) for name in [*names, *sorted(service.hosted)]]}
+    return {"object": "list", "data": [_model(service, name) for name in service.names]}
 
 
 @routes.get("/v1/models/{model}", responses=ERRORS)
@@ -304,7 +324,7 @@ async def health(request: Request) -> Response:
         "status": state,
         "live": service.live,
         "wanted": service.wanted,
-        "runs": sorted(service.hosted),
+        "runs": sorted(one.name for one in service.all_hosted),
         "failed": sorted(service.failed),
     }
     return JSONResponse(content, 200 if state == "ok" else 503)
@@ -318,15 +338,16 @@ async def metrics(request: Request) -> Response:
 
 @dataclass(frozen=True)
 class _Chat:
-    """Chat completions, whole and in chunks."""
+    """Chat completions, whole and in chunks; ``lead`` begins an answer and is not its own."""
 
     head: dict[str, Any]
-    hosted: Hosted
+    hosted: Hosted | HostedUnified
     log_probs: bool
+    lead: str = ""
 
     def whole(self, index: int, events: Sequence[Event], completion: Completion) -> dict[str, Any]:
         found = chat_log_probs(self.hosted.run.loaded.tokenizer, events) if self.log_probs else None
-        message = {"role": "assistant", "content": completion.text, "refusal": None}
+        message = {"role": "assistant", "content": completion.text.removeprefix(self.lead), "refusal": None}
         return {"index": index, "message": message, "logprobs": found, "finish_reason": completion.finish_reason}
 
     @property
@@ -338,12 +359,13 @@ class _Chat:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def length(self, event: Event) -> int:
-        return 0  # chat's log-probabilities have no offsets
+        return len(event.text)  # its log-probabilities need no offset, the lead does
 
     def chunk(self, index: int, event: Event, offset: int) -> dict[str, Any]:
         found = chat_log_probs(self.hosted.run.loaded.tokenizer, [event]) if self.log_probs else None
         reason = event.completion.finish_reason if event.completion else None
-        delta = {"content": event.text} if event.text else {}
+        text = event.text if offset else event.text.removeprefix(self.lead)
+        delta = {"content": text} if text else {}
         return {"index": index, "delta": delta, "logprobs": found, "finish_reason": reason}
 
 
@@ -352,7 +374,7 @@ class _Text:
     """Plain completions, whole and in chunks."""
 
     head: dict[str, Any]
-    hosted: Hosted
+    hosted: Hosted | HostedUnified
     log_probs: bool
 
     def whole(self, index: int, events: Sequence[Event], completion: Completion) -> dict[str, Any]:
@@ -384,7 +406,7 @@ def refusing() -> Iterator[None]:
         raise ApiError(400, str(error), param=error.param, code="unsupported_parameter") from error
 
 
-def _require_short(hosted: Hosted, body: ChatRequest | CompletionRequest) -> None:
+def _require_short(hosted: Hosted | HostedUnified, body: ChatRequest | CompletionRequest) -> None:
     """Refuse what cannot fit whatever its tokens are, before it is made into tokens."""
     most = hosted.worker.engine.max_length * TOKEN_CHARACTERS
     if body.characters > most:
@@ -396,12 +418,12 @@ def _require_short(hosted: Hosted, body: ChatRequest | CompletionRequest) -> Non
         )
 
 
-def _hosted(service: Service, name: str) -> Hosted:
-    if not service.hosted:
+def _hosted(service: Service, name: str) -> Hosted | HostedUnified:
+    if not service.all_hosted:
         raise ApiError(503, "no run is served yet", headers={"Retry-After": "5"})
     hosted = service.find(name)
     if hosted is None:
-        known = ", ".join([service.settings.alias, *sorted(service.hosted)])
+        known = ", ".join(service.names)
         raise ApiError(
             404, f"there is no model {name[:200]!r} here; there are: {known}", param="model", code="model_not_found"
         )
@@ -438,16 +460,102 @@ async def _person(service: Service, by: Caller, user_id: str) -> Person:
     return person
 
 
+async def _answer_about_images(
+    request: Request,
+    by: Caller,
+    hosted: HostedUnified,
+    body: ChatRequest,
+    turns: Sequence[tuple[str, str]],
+    images: Sequence[SentImage],
+) -> Response:
+    """An answer of a unified model, to a conversation with any number of images."""
+    service, run = _service(request), hosted.run
+    _require_impersonal(hosted, body)
+    if len(images) > service.settings.max_images:
+        message = f"{len(images)} images: this server reads at most {service.settings.max_images} in a request"
+        raise ApiError(400, message, param=f"{images[service.settings.max_images].where}.type")
+    try:
+        ids = await asyncio.to_thread(prompt_ids, run, turns, len(images))
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages") from error
+    prompt = engine.Request(ids, barred=run.barred)
+    asked = _requests(service, hosted, body, [prompt], body.most_tokens, body.top_logprobs or 0)
+    if images:
+        read = partial(_read_images, service.settings, run, ids, images)
+        embeddings_Td = await _read_beside(request, by, hosted, body.n, read)
+        asked = [replace(one, embeddings_Td=embeddings_Td) for one in asked]
+    shape = _Chat(envelope("chat.completion", body.model), hosted, body.logprobs, LEAD)
+    return await _answer(request, by, hosted, asked, shape, body, len(ids), {})
+
+
+async def _read_beside(
+    request: Request, by: Caller, hosted: HostedUnified, answers: int, read: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """What ``read`` gives, on the model's reading thread; for nobody whose answers would not fit or who is gone."""
+    release = take_places(request, by, answers)  # images in memory take a place, as answers do
+    try:
+        hosted.worker.require_room(answers)
+        try:
+            reading = asyncio.get_running_loop().run_in_executor(hosted.reader, read)
+        except RuntimeError as error:
+            raise EngineFailed("the server is stopping") from error
+        found: torch.Tensor = await unless_gone(request, reading)
+        return found
+    except (Overloaded, EngineFailed, ClientGone) as error:
+        raise translated(error) from error
+    finally:
+        release()
+
+
+def _read_images(
+    settings: Settings, run: ServedUnified, ids: Sequence[int], images: Sequence[SentImage]
+) -> torch.Tensor:
+    """What the language model reads of a prompt with these images.
+
+    Raises:
+        ApiError: naming an image that is none, too large, or not inside the request.
+    """
+    read = []
+    for image in images:
+        try:
+            read.append(read_image(image.url, settings.max_image_bytes, settings.max_image_pixels))
+        except ValueError as error:
+            raise ApiError(400, str(error), param=f"{image.where}.image_url.url", code="invalid_image") from error
+    return prompt_embeddings(run, ids, read)
+
+
+def _require_impersonal(hosted: HostedUnified, body: ChatRequest | CompletionRequest) -> None:
+    """Refuse what asks for a person's manner."""
+    if body.user is not None:
+        raise impersonal(hosted.name, "user")
+    if body.personalization.beta:
+        raise impersonal(hosted.name, "personalization.beta")
+
+
+def impersonal(name: str, param: str) -> ApiError:
+    """The error for a model that knows no people."""
+    message = f"personalization of {name!r} is not available: leave {param!r} out"
+    return ApiError(400, message, param=param, code="unsupported_parameter")
+
+
+def _personal(
+    hosted: Hosted, served: Served, body: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[int]]
+) -> list[engine.Request]:
+    """Prompts to be continued in a person's manner."""
+    adapter = served.personal.cluster if hosted.run.rows.count else BASE
+    beta = hosted.run.beta if body.personalization.beta is None else body.personalization.beta
+    return [engine.Request(ids, adapter=adapter, vector_J=served.personal.vector_J, beta=beta) for ids in prompts]
+
+
 def _requests(
     service: Service,
-    hosted: Hosted,
-    served: Served,
+    hosted: Hosted | HostedUnified,
     body: ChatRequest | CompletionRequest,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[engine.Request],
     most_tokens: int | None,
     top_log_probs: int,
 ) -> list[engine.Request]:
-    """The engine's requests: n answers for each prompt.
+    """The engine's requests: n answers for each prompt, as the body wants them.
 
     Raises:
         ApiError: more answers or tokens than this server gives.
@@ -459,26 +567,23 @@ def _requests(
     if most_tokens is not None and most_tokens > settings.max_new_tokens:
         message = f"{most_tokens} tokens are asked for: this server gives at most {settings.max_new_tokens}"
         raise ApiError(400, message, param=body.length_field)
-    beta = hosted.run.beta if body.personalization.beta is None else body.personalization.beta
     seed = body.seed if body.seed is not None else secrets.randbelow(MAX_SEED)
     made = []
     for number, prompt in enumerate(prompts):
-        left = room - len(prompt)
+        length = len(prompt.prompt_ids)
+        left = room - length
         if left < 1 or (most_tokens or 1) > left:
             raise ApiError(
                 400,
-                f"the prompt has {len(prompt)} tokens and up to {most_tokens or 1} are asked for: together they may be "
+                f"the prompt has {length} tokens and up to {most_tokens or 1} are asked for: together they may be "
                 f"{room}. Shorten the prompt" + (" or ask for fewer" if most_tokens else ""),
                 param="messages" if isinstance(body, ChatRequest) else "prompt",
                 code="context_length_exceeded",
             )
         for answer in range(body.n):
             made.append(
-                engine.Request(
+                replace(
                     prompt,
-                    adapter=served.personal.cluster if hosted.run.rows.count else BASE,
-                    vector_J=served.personal.vector_J,
-                    beta=beta,
                     max_new_tokens=most_tokens or min(left, settings.max_new_tokens),
                     temperature=body.temperature,
                     top_p=body.top_p,
@@ -494,12 +599,12 @@ def _requests(
 async def _answer(
     request: Request,
     by: Caller,
-    hosted: Hosted,
+    hosted: Hosted | HostedUnified,
     asked: Sequence[engine.Request],
     shape: _Chat | _Text,
     body: ChatRequest | CompletionRequest,
-    served: Served,
     prompt_tokens: int,
+    headers: dict[str, str],
 ) -> Response:
     """Start the requests, and answer whole or as a stream once the first token is there."""
     metrics = request.app.state.metrics
@@ -518,7 +623,6 @@ async def _answer(
     try:
         first = await unless_gone(request, answering.next())
         metrics.first_token(time.perf_counter() - started)
-        headers = {PERSONALIZATION: served.state}
         if body.stream:
             events = _chunks(
                 answering, first, shape, body, prompt_tokens, len(asked), partial(metrics.answered, started)
@@ -726,11 +830,11 @@ async def _described(service: Service, by: Caller, person: Person) -> dict[str, 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
     hosted = _hosted(service, name)
+    head = {"id": name, "object": "model", "created": 0, "owned_by": "palate"}
+    if isinstance(hosted, HostedUnified):
+        return {**head, "live": False, "run": hosted.run.version, "image_tokens": hosted.run.processor.image_tokens}
     return {
-        "id": name,
-        "object": "model",
-        "created": 0,
-        "owned_by": "palate",
+        **head,
         "live": hosted.name == service.live,
         "run": hosted.name,
         "base": hosted.run.loaded.name,

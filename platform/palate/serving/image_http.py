@@ -29,6 +29,7 @@ from palate.serving.http import (
     ClientGone,
     EventStream,
     guarded_app,
+    impersonal,
     require_user,
     sent,
     take_places,
@@ -48,6 +49,7 @@ from palate.serving.image_service import HostedImages, ImageService
 from palate.serving.images import Drawing, Drawn, Event, ImageRequest, Progress, Refused, ReviewFailed
 from palate.serving.metrics import SECONDS, RequestMetrics
 from palate.serving.schemas import MAX_SEED
+from palate.serving.unified import UnifiedImages
 from palate.serving.worker import EngineFailed, Overloaded
 
 Body = GenerationRequest | EditRequest
@@ -140,7 +142,7 @@ async def edits(request: Request, by: By) -> Response:
             content = one_image(fields, files)
             body = EditRequest.of_form(fields)
             hosted = _hosted(service, body.model, by)
-            if not hosted.model.editing:
+            if isinstance(hosted.model, UnifiedImages) or not hosted.model.editing:
                 raise ApiError(
                     400, f"{hosted.name!r} does not edit images: ask a model that does (InstructPix2Pix)", param="model"
                 )
@@ -222,6 +224,8 @@ class _Asked:
 async def _answer(request: Request, by: Caller, asked: _Asked) -> Response:
     """Draw, and answer whole, or as a stream once the first step is done."""
     body, settings = asked.body, _service(request).settings
+    if body.user is not None and isinstance(asked.hosted.model, UnifiedImages):
+        raise impersonal(asked.hosted.name, "user")
     if body.user is not None and not asked.hosted.model.knows(body.user):  # a run's people may have ids of any form
         require_user(body.user, "user")
     if body.n > settings.max_images:
@@ -338,7 +342,15 @@ def _hosted(service: ImageService, name: str | None, by: Caller) -> HostedImages
 def _size(request: Request, hosted: HostedImages, size: tuple[int, int]) -> tuple[int, int]:
     """``size`` if the model and this server can draw it."""
     width, height = size
-    multiple, most = hosted.model.multiple, _service(request).settings.max_pixels
+    most = _service(request).settings.max_pixels
+    if isinstance(hosted.model, UnifiedImages):
+        only = hosted.model.size
+        if size != only:
+            message = f"{width}x{height}: {hosted.name!r} draws images of {only[0]}x{only[1]} only"
+            raise ApiError(400, message, param="size")
+        multiple = 1
+    else:
+        multiple = hosted.model.multiple
     if width % multiple or height % multiple:
         raise ApiError(
             400, f"{width}x{height}: sides must be multiples of {multiple} for {hosted.name!r}", param="size"
@@ -349,17 +361,17 @@ def _size(request: Request, hosted: HostedImages, size: tuple[int, int]) -> tupl
 
 
 def _model(hosted: HostedImages) -> dict[str, Any]:
-    model, people = hosted.model, hosted.model.people
+    model = hosted.model
     return {
         "id": hosted.name,
         "object": "model",
         "created": 0,
         "owned_by": "palate",
-        "base": model.loaded.name,
+        "base": model.base,
         "run": hosted.version,
         "task": "edit" if model.editing else "generate",
         "size": f"{model.size[0]}x{model.size[1]}",
-        "personal": people is not None,
+        "personal": model.personal,
     }
 
 

@@ -27,7 +27,8 @@ from palate.lpo.personal import load_branch
 from palate.lpo.sampling import SampleConfig
 from palate.lpo.stages import TUNED, check_base
 from palate.models.diffusion import LoadedDiffusion, load_diffusion
-from palate.serving.images import ImageModel, ImageWorker, Review
+from palate.serving.images import ImageModel, ImageWorker, Model, Review
+from palate.serving.unified import load_images
 from palate.users.checks import require_id
 from palate.users.store import Store, open_store
 
@@ -46,24 +47,31 @@ class ModelSource(BaseModel):
     base: str | None = None
     """A hub id or folder of a diffusers pipeline, or a built-in; by default what ``run`` was tuned from."""
     run: str | None = None
-    """Folder or URL of a run of jobs/lpo.py; without, the base as it is."""
+    """Folder or URL of a run of jobs/lpo.py, or of jobs/unihetero.py with a pixel decoder; without, the base as it
+    is."""
+    vae: str | None = None
+    """Of a run of jobs/unihetero.py: the AutoencoderKL whose latents it was trained on, a hub id or a folder."""
     tenants: tuple[str, ...] | None = None
     """Who may use it, and see its people; by default everybody. A run with people needs it."""
     steps: int = Field(30, ge=1)
-    guidance: float = Field(7.5, ge=0)
+    guidance: float | None = Field(None, ge=0)
+    """By default 7.5, and 1, which is none, for a run of jobs/unihetero.py."""
     image_guidance: float = Field(1.5, ge=1)
 
     @model_validator(mode="after")
     def _of_something(self) -> "ModelSource":
         if self.base is None and self.run is None:
             raise ValueError("a model needs 'base', 'run', or both")
+        if self.vae is not None and (self.base is not None or self.run is None):
+            raise ValueError("'vae' goes with the 'run' of a unified model, and without a 'base'")
         return self
 
     def sampling(self, steps: int | None, guidance: float | None, image_guidance: float | None) -> SampleConfig:
         """How to draw for a request that says this or nothing."""
+        usual = self.guidance if self.guidance is not None else 7.5 if self.vae is None else 1.0
         return SampleConfig(
             sampler_steps=self.steps if steps is None else steps,
-            guidance=self.guidance if guidance is None else guidance,
+            guidance=usual if guidance is None else guidance,
             image_guidance=self.image_guidance if image_guidance is None else image_guidance,
         )
 
@@ -121,7 +129,7 @@ class HostedImages:
 
     name: str
     source: ModelSource
-    model: ImageModel
+    model: Model
     version: str | None
 
     def visible_to(self, tenant: str) -> bool:
@@ -235,15 +243,23 @@ class ImageService:
             return
         require_id(name, "the name of a model")
         start = time.perf_counter()
+        if source.run is not None and source.vae is not None:
+            unified = load_images(source.run, source.vae, device=self.settings.device, dtype=self._dtype)
+            self._put(HostedImages(name, source, unified, unified.served.version), start)
+            return
         run = artifacts.open_artifact(artifacts.join(source.run, "tuned"), TUNED) if source.run else None
         if run and run.paths("person/") and source.tenants is None and self.settings.require_keys:
             raise ValueError(f"{source.run} knows people: say whose they are with 'tenants'")
-        model = self._load(source, run)
-        self.failed.pop(name, None)
-        self.hosted[name] = HostedImages(name, source, model, run.digest[:16] if run else None)
+        self._put(HostedImages(name, source, self._load(source, run), run.digest[:16] if run else None), start)
+
+    def _put(self, made: HostedImages, start: float) -> None:
+        """Serve a model that has been loaded since ``start``, in the place of what has its name."""
+        self.failed.pop(made.name, None)
+        before = self.hosted.get(made.name)
+        self.hosted[made.name] = made
         if before is not None:
             self._leave(before)
-        log.info("%s loaded in %.1f s", name, time.perf_counter() - start)
+        log.info("%s loaded in %.1f s", made.name, time.perf_counter() - start)
 
     def _load(self, source: ModelSource, run: Artifact | None) -> ImageModel:
         """The model: LoRAs share their base, what changes a network otherwise has one of its own."""
@@ -273,8 +289,11 @@ class ImageService:
         return loaded
 
     def _fresh(self, name: str) -> LoadedDiffusion:
-        dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
-        return load_diffusion(name, device=self.settings.device, dtype=dtype)
+        return load_diffusion(name, device=self.settings.device, dtype=self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
 
     def _leave(self, hosted: HostedImages) -> None:
         self._leaving.append((hosted, time.monotonic()))
@@ -285,7 +304,7 @@ class ImageService:
         for hosted, since in self._leaving:
             if self.worker.uses(hosted.model) or time.monotonic() - since < GRACE_SECONDS:
                 staying.append((hosted, since))
-            elif hosted.model.adapter is not None:
+            elif isinstance(hosted.model, ImageModel) and hosted.model.adapter is not None:
                 network: Any = hosted.model.loaded.denoiser
                 self.worker.run(partial(network.delete_adapters, hosted.model.adapter))
         self._leaving = staying

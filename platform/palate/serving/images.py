@@ -25,6 +25,7 @@ from palate.lpo.personal import People, set_people
 from palate.lpo.sampling import SampleConfig, generate
 from palate.models.diffusion import LoadedDiffusion
 from palate.serving.answering import NotFinite
+from palate.serving.unified import UnifiedImages
 from palate.serving.worker import EngineFailed, Load, Overloaded
 
 Result = TypeVar("Result")
@@ -65,6 +66,16 @@ class ImageModel:
         return self.loaded.family == "ip2p"
 
     @property
+    def base(self) -> str:
+        """The pipeline that draws, by name."""
+        return self.loaded.name
+
+    @property
+    def personal(self) -> bool:
+        """Whether it knows people."""
+        return self.people is not None
+
+    @property
     def multiple(self) -> int:
         """What the sides of its images are multiples of."""
         pipeline: Any = self.loaded.pipeline
@@ -84,11 +95,14 @@ class ImageModel:
         return self.people is not None and user in self.people.places
 
 
+Model = ImageModel | UnifiedImages
+
+
 @dataclass(frozen=True, eq=False)
 class ImageRequest:
     """One image: ``size`` is (width, height), and ``source`` the image to be edited, of that size."""
 
-    model: ImageModel
+    model: Model
     prompt: str
     seed: int
     size: tuple[int, int]
@@ -104,7 +118,7 @@ class ImageRequest:
 
 @dataclass(frozen=True)
 class Progress:
-    """``step`` of ``of`` denoising steps are done."""
+    """``step`` of ``of`` denoising steps are done; of a unified model, which draws one after another, images."""
 
     step: int
     of: int
@@ -130,13 +144,15 @@ class _Place:
 
 
 def draw(requests: Sequence[ImageRequest], on_step: OnStep) -> list[Image.Image | NotFinite]:
-    """Images for requests of equal shape, in one call of their pipeline.
+    """Images for requests of equal shape, in one call of their pipeline, or by a unified model in turn.
 
     Raises:
         ValueError: the pipeline cannot draw them.
     """
     first = requests[0]
     model, size = first.model, first.size
+    if isinstance(model, UnifiedImages):
+        return _draw_in_turn(model, requests, on_step)
     watched = _Watched(model.loaded.pipeline, on_step)
     _use_adapter(model.loaded.denoiser, model.adapter)
     images = generate(
@@ -150,6 +166,17 @@ def draw(requests: Sequence[ImageRequest], on_step: OnStep) -> list[Image.Image 
     )
     broken = [NotFinite("the model gave NaN or infinite values for this image")] * len(images)
     return [image if fine else error for image, fine, error in zip(images, watched.finite, broken, strict=True)]
+
+
+def _draw_in_turn(
+    model: UnifiedImages, requests: Sequence[ImageRequest], on_step: OnStep
+) -> list[Image.Image | NotFinite]:
+    """Images by a unified model, whose heads draw for a whole batch by one seed."""
+    drawn = []
+    for done, request in enumerate(requests, 1):
+        drawn.append(model.draw(request.prompt, request.seed, request.config.sampler_steps, request.config.guidance))
+        on_step(done, len(requests))
+    return drawn
 
 
 def _embeddings(model: ImageModel, requests: Sequence[ImageRequest]) -> torch.Tensor | None:
@@ -237,7 +264,7 @@ class ImageWorker:
         with self._wake:
             return Load(sum(not place.closed for place in self._running), len(self._waiting), len(self._jobs))
 
-    def uses(self, model: ImageModel) -> bool:
+    def uses(self, model: Model) -> bool:
         """Whether an image of the model's is being drawn or waits."""
         with self._wake:
             return any(place.request.model is model for place in (*self._running, *self._waiting))

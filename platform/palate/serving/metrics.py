@@ -64,7 +64,7 @@ class _Load:
     def collect(self) -> Iterator[Metric]:
         for name in ("running", "waiting", "jobs"):
             gauge = GaugeMetricFamily(f"palate_{name}", f"Requests that are {name}", labels=["run"])
-            for hosted in list(self._service.hosted.values()):
+            for hosted in self._service.all_hosted:
                 gauge.add_metric([hosted.name], getattr(hosted.worker.load, name))
             yield gauge
         counts = self._service.cache.counts()

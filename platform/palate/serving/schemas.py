@@ -5,6 +5,7 @@ is null counts as absent, and one that asks for nothing (a penalty of 0) is acce
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
@@ -89,6 +90,36 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="allow")
     type: StrictStr
     text: Text | None = None
+    image_url: Any = None
+
+    def check(self, where: str) -> None:
+        """Refuse a part that is neither a text nor an image's URL; ``where`` names it.
+
+        Raises:
+            Unsupported: naming what is wrong with it.
+        """
+        if self.type not in ("text", "image_url"):
+            raise Unsupported(
+                f"{where}.type", f"only parts of type 'text' and 'image_url' are supported, found {self.type[:100]!r}"
+            )
+        for name, value in {"text": self.text, "image_url": self.image_url, **(self.model_extra or {})}.items():
+            if name != self.type and value is not None:
+                raise Unsupported(f"{where}.{name}", f"{name!r} in a part of type {self.type!r} is not supported")
+        if self.type == "image_url":
+            self._check_image(f"{where}.image_url")
+        elif self.text is None:
+            raise Unsupported(f"{where}.text", "a part of type 'text' needs a text")
+
+    def _check_image(self, where: str) -> None:
+        given = self.image_url
+        if not isinstance(given, dict) or not isinstance(given.get("url"), str):
+            raise Unsupported(f"{where}.url", "an image is sent as {'url': 'data:image/png;base64,...'}")
+        if given.get("detail") not in (None, "auto"):
+            raise Unsupported(
+                f"{where}.detail", "only 'detail' 'auto' is supported: each image has the model's one resolution"
+            )
+        for name in given.keys() - {"url", "detail"}:
+            raise Unsupported(f"{where}.{name[:100]}", f"{name[:100]!r} of an image is not supported: leave it out")
 
 
 class Message(BaseModel):
@@ -99,10 +130,10 @@ class Message(BaseModel):
     content: Text | list[_Part]
 
     def text(self, place: int) -> str:
-        """The content as one text.
+        """The content's texts as one.
 
         Raises:
-            Unsupported: it has a part that is no text, or the message has further fields.
+            Unsupported: it has a part that is neither a text nor an image, or the message has further fields.
         """
         for name, value in (self.model_extra or {}).items():
             if value is not None and not (name in ("tool_calls", "annotations") and value == []):
@@ -110,15 +141,30 @@ class Message(BaseModel):
         if isinstance(self.content, str):
             return self.content
         for number, part in enumerate(self.content):
-            if part.type != "text" or part.text is None:
-                raise Unsupported(
-                    f"messages.{place}.content.{number}.type",
-                    f"only parts of type 'text' with a text are supported, found {part.type!r}",
-                )
-            if extra := sorted(part.model_extra or {}):
-                where = f"messages.{place}.content.{number}.{extra[0]}"
-                raise Unsupported(where, f"{extra[0]!r} in a part of a message is not supported: leave it out")
-        return "\n".join(part.text or "" for part in self.content)
+            part.check(f"messages.{place}.content.{number}")
+        return "\n".join(part.text or "" for part in self.content if part.type == "text")
+
+    def images(self, place: int) -> list["SentImage"]:
+        """The images among the parts, which ``text`` has checked.
+
+        Raises:
+            Unsupported: the message is not a user's.
+        """
+        if isinstance(self.content, str):
+            return []
+        places = [number for number, part in enumerate(self.content) if part.type == "image_url"]
+        if places and self.role != "user":
+            where = f"messages.{place}.content.{places[0]}.type"
+            raise Unsupported(where, f"only a user's messages have images, found one in the {self.role}'s")
+        return [SentImage(f"messages.{place}.content.{n}", self.content[n].image_url["url"]) for n in places]
+
+
+@dataclass(frozen=True)
+class SentImage:
+    """An image of a message: the name of its part, and its URL."""
+
+    where: str
+    url: str
 
 
 class StreamOptions(BaseModel):
@@ -189,6 +235,10 @@ class ChatRequest(_Sampled):
             ("system" if message.role == "developer" else message.role, message.text(place))
             for place, message in enumerate(self.messages)
         ]
+
+    def images(self) -> list[SentImage]:
+        """The images of all messages, in order; ``turns`` has checked them."""
+        return [image for place, message in enumerate(self.messages) for image in message.images(place)]
 
     def require_supported(self) -> None:
         super().require_supported()

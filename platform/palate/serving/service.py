@@ -4,6 +4,7 @@ The database is what replicas share: people and their texts, vectors by head ver
 Two threads tend it. One loads runs that the registry lists and lets go of those that are retired; the other claims
 people whose vector is older than their texts (new ones, edited ones, and everybody after a new head) and fits them
 beside the decoding. A replica that dies leaves its claims to the others, which take them when the lease ends.
+Unified models, which read images, are named in the settings and know no people.
 """
 
 import logging
@@ -11,18 +12,25 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from palate.card.adapters import RowMask
+from palate.card.correction import Head
 from palate.card.runs import open_run
+from palate.models.causal_lm import LoadedModel
 from palate.serving.engine import Engine
 from palate.serving.served_run import Personal, ServedRun, Written, fit_person, load_run, prepare_fit
+from palate.serving.unified import ServedUnified, load_unified
 from palate.serving.worker import EngineFailed, EngineWorker
 from palate.users.cache import VectorCache
+from palate.users.checks import require_id
 from palate.users.records import Fitted, Person
 from palate.users.runs import Run, RunState, add_run, live_run, promote, runs
 from palate.users.store import Store, open_store
@@ -52,6 +60,8 @@ class Settings(BaseModel):
     """Whether every request needs an API key; without, everybody is the tenant "default"."""
     alias: str = Field("palate", min_length=1, max_length=128)
     """The name of whatever run is live, for clients that do not want to know its name."""
+    unified: dict[str, str] = Field(default_factory=dict)
+    """Models that read images, by the names that clients use: folders or URLs of runs of jobs/unihetero.py."""
     slots: int = Field(16, ge=1)
     """Answers that are decoded at a time."""
     max_length: int = Field(2048, ge=16)
@@ -69,8 +79,21 @@ class Settings(BaseModel):
     max_new_tokens: int = Field(512, ge=1)
     """Longest answer; also the length where a request names none."""
     max_body_bytes: int = Field(4_000_000, ge=1000)
+    max_images: int = Field(4, ge=1)
+    """Images of one request."""
+    max_image_bytes: int = Field(2_500_000, ge=1)
+    """Of the file of an image in a request; it must fit into ``max_body_bytes``, where base64 takes a third more."""
+    max_image_pixels: int = Field(16_000_000, ge=1, le=Image.MAX_IMAGE_PIXELS or 2**31)
+    """Of an image in a request, before it is unpacked."""
     cache_bytes: int = Field(64_000_000, ge=0)
     """Vectors kept in memory."""
+
+    @model_validator(mode="after")
+    def _names(self) -> "Settings":
+        for name in self.unified:
+            if require_id(name, "the name of a unified model") == self.alias:
+                raise ValueError(f"a unified model is named {name!r}, which is the alias of the live run: rename one")
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +103,16 @@ class Hosted:
     name: str
     run: ServedRun
     worker: EngineWorker
+
+
+@dataclass(frozen=True, eq=False)
+class HostedUnified:
+    """A unified model in memory with the thread that decodes on it, and the one that reads images."""
+
+    name: str
+    run: ServedUnified
+    worker: EngineWorker
+    reader: ThreadPoolExecutor
 
 
 @dataclass(frozen=True)
@@ -106,6 +139,7 @@ class Service:
         self.cache = VectorCache(self.store, settings.cache_bytes)
         self.owner = secrets.token_hex(8)
         self.hosted: dict[str, Hosted] = {}
+        self.unified: dict[str, HostedUnified] = {}
         self.live: str | None = None
         self.wanted: str | None = None  # the registry's live run; another than ours while it cannot be loaded
         self.failed: dict[str, float] = {}  # runs that could not be loaded, and when to try again
@@ -135,6 +169,9 @@ class Service:
                 thread.join()
         for hosted in [*self.hosted.values(), *(hosted for hosted, _ in self._leaving)]:
             hosted.worker.stop()
+        for unified in self.unified.values():
+            unified.worker.stop()
+            unified.reader.shutdown()
         self.store.release(self.owner)
         self.store.close()
 
@@ -149,17 +186,26 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        return self.live is not None
+        return self.live is not None or (self.wanted is None and bool(self.unified))
 
     @property
     def healthy(self) -> bool:
         """False once an engine has failed: the replica must be replaced."""
-        return all(hosted.worker.failure is None for hosted in list(self.hosted.values()))
+        return all(hosted.worker.failure is None for hosted in self.all_hosted)
 
-    def find(self, model: str) -> Hosted | None:
-        """The run that a request's ``model`` names: the live one by the alias, or any by its own name."""
+    @property
+    def all_hosted(self) -> list[Hosted | HostedUnified]:
+        return [*list(self.hosted.values()), *list(self.unified.values())]
+
+    @property
+    def names(self) -> list[str]:
+        """Of all that is served, the alias of the live run first."""
+        return [*([self.settings.alias] if self.live else []), *sorted(one.name for one in self.all_hosted)]
+
+    def find(self, model: str) -> Hosted | HostedUnified | None:
+        """What a request's ``model`` names: the live run by the alias, or any run or model by its own name."""
         name = self.live if model == self.settings.alias else model
-        return self.hosted.get(name) if name is not None else None
+        return None if name is None else self.unified.get(name) or self.hosted.get(name)
 
     def serve(self, hosted: Hosted, tenant: str, user_id: str | None) -> Served:
         """Whom to answer for. Reads the database where the cache is older than a second."""
@@ -186,7 +232,9 @@ class Service:
         return self.store.current(tenant, user_id, live.run.version if live else "")
 
     def tend_runs(self) -> None:
-        """Load runs that the registry lists, switch to the live one, let go of the retired."""
+        """Load what the settings name and the registry lists, switch to the live run, let go of the retired."""
+        for name, url in self.settings.unified.items():
+            self._host_unified(name, url)
         listed = {run.name: run for run in runs(self.store)}
         for run in listed.values():
             self._host(run)
@@ -200,6 +248,26 @@ class Service:
                 self._leave(name)
         self._stop_idle()
 
+    def _host_unified(self, name: str, url: str) -> None:
+        """Load a model of the settings, unless it is there or has just failed."""
+        if name in self.unified or time.monotonic() < self.failed.get(name, 0.0):
+            return
+        start = time.perf_counter()
+        try:
+            run = load_unified(url, device=self.settings.device, dtype=self._dtype)
+            worker = self._worker(run.loaded)
+        except Exception as error:  # of any library: what cannot be loaded must not stop what is served
+            self._note_failure(f"unified model {name}", name, error)
+            return
+        self.failed.pop(name, None)
+        # One image at a time: reading is bound by the cores, and so is decoding beside it.
+        self.unified[name] = HostedUnified(name, run, worker, ThreadPoolExecutor(1, f"palate-images-{name}"))
+        log.info("%s loaded from %s in %.1f s", name, url, time.perf_counter() - start)
+
+    def _note_failure(self, what: str, name: str, error: Exception) -> None:
+        log.error("%s cannot be served, and is tried again in %.0f s: %s", what, RETRY_SECONDS, error)
+        self.failed[name] = time.monotonic() + RETRY_SECONDS
+
     def _host(self, run: Run) -> None:
         """Load a run that the registry lists, unless this very run is there or has just failed."""
         before = self.hosted.get(run.name)
@@ -210,13 +278,14 @@ class Service:
         try:
             if run.name == self.settings.alias:
                 raise ValueError("its name is the alias of whatever run is live: add it by another name")
+            if run.name in self.settings.unified:
+                raise ValueError("its name is that of a unified model of the settings: add it by another name")
             made = self._load(run.name, run.url)
             if made.run.version != run.head:
                 made.worker.stop()
                 raise ValueError(f"{run.url} is another run than was added: it was trained again. Add it by a new name")
         except Exception as error:  # of any library: a run that cannot be loaded must not stop what is served
-            log.error("run %s cannot be served, and is tried again in %.0f s: %s", run.name, RETRY_SECONDS, error)
-            self.failed[run.name] = time.monotonic() + RETRY_SECONDS
+            self._note_failure(f"run {run.name}", run.name, error)
             return
         self.failed.pop(run.name, None)
         if before is not None:  # the name was given to another run
@@ -251,21 +320,29 @@ class Service:
                 self.live = self.wanted = run.name
 
     def _load(self, name: str, url: str) -> Hosted:
-        settings, start = self.settings, time.perf_counter()
-        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-        run = load_run(url, device=settings.device, dtype=dtype)
-        limit = getattr(run.loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        start = time.perf_counter()
+        run = load_run(url, device=self.settings.device, dtype=self._dtype)
+        worker = self._worker(run.loaded, run.rows, run.head)
+        log.info("run %s loaded from %s in %.1f s", name, url, time.perf_counter() - start)
+        return Hosted(name, run, worker)
+
+    def _worker(self, loaded: LoadedModel, rows: RowMask | None = None, head: Head | None = None) -> EngineWorker:
+        settings = self.settings
+        limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         engine = Engine(
-            run.loaded,
-            run.rows,
-            run.head,
+            loaded,
+            rows,
+            head,
             slots=settings.slots,
             max_length=min(settings.max_length, limit or settings.max_length),
             prefill_tokens=settings.prefill_tokens,
             gather_steps=settings.gather_steps,
         )
-        log.info("run %s loaded from %s in %.1f s", name, url, time.perf_counter() - start)
-        return Hosted(name, run, EngineWorker(engine, max_waiting=settings.max_waiting))
+        return EngineWorker(engine, max_waiting=settings.max_waiting)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
 
     def _tend_people(self) -> None:
         """Fit people whose vector is missing or older than their texts, those of the live run first."""

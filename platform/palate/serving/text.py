@@ -37,7 +37,9 @@ class TextStream:
             self._text, self.stopped = text[: min(matches)], True
         elif not new.endswith(_INCOMPLETE):
             self._text += new
-            self._context, self._pending = self._pending, []
+            if new:  # a special token has no text: what follows hangs on the word before it
+                self._context = self._pending
+            self._pending = []
 
     def take(self) -> str:
         """What can be shown now and was not before: the end stays back while it may begin a stop string."""
