@@ -5,6 +5,7 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,27 @@ def test_sigterm_in_any_step(tmp_path, one_rank, two_ranks, ranks):
     terminate(tmp_path, step, ranks, kill_rank=ranks - 1, read_ahead=2)
     run(tmp_path, ranks)
     assert_bit_equal(tmp_path, {1: one_rank, 2: two_ranks}[ranks], ranks)
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_whenever_it_comes(tmp_path):
+    """It hands the signal on to both processes, which may then be in different places of different steps."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(whole, 2, steps=600, checkpoint_every=600)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", toy.__file__]
+    command += ["--folder", str(cut), "--launcher", "torchrun", "--steps", "600", "--checkpoint-every", "600"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    log, deadline = cut / "training.jsonl", time.monotonic() + 120
+    while not log.exists() or log.read_bytes().count(b"\n") < 20:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    said = process.communicate(timeout=120)[1]
+    done = len(read(cut))
+    assert 20 <= done < 600
+    assert f"SIGTERM ended the run after step {done} of 600" in said
+    run(cut, 2, steps=600, checkpoint_every=600)
+    assert toy.trace(cut) == toy.trace(whole)
 
 
 @pytest.mark.parametrize(
