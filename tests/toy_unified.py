@@ -61,3 +61,8 @@ def photo(seed: int, size: tuple[int, int] = (20, 12), kind: str = "PNG", mode: 
     levels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(levels).convert(mode).save(stream, kind, **options)
     return stream.getvalue()
+
+
+def refuse_blue(image: Image.Image) -> str | None:
+    """A safety hook: a plain blue image is refused."""
+    return "it is too blue" if image.getpixel((0, 0)) == (0, 0, 255) else None
