@@ -1,9 +1,13 @@
 """Tiny models and samples for the tests of the unified model."""
 
 import torch
-from transformers import LlamaForCausalLM, ViTConfig, ViTModel
+from diffusers import AutoencoderKL
+from transformers import LlamaForCausalLM, ViTConfig, ViTImageProcessor, ViTModel
 
+from palate.corpora import captions
+from palate.corpora.worlds import scenes
 from palate.models.small_lm import small_llama, word_tokenizer
+from palate.models.small_vision import random_encoder, vit_config
 from palate.unihetero.arms import ARMS, configured
 from palate.unihetero.model import UniHeteroConfig, UniHeteroModel
 from palate.unihetero.phrasing import Phrasing, add_image_tokens, with_tokens
@@ -80,3 +84,30 @@ def samples(count=3, encoded=True, latents=True, words=None):
             ]
             found.append(said.described(f"s{number}", images, segments, **given))
     return found
+
+
+def build_parts(root):
+    """A folder with a corpus of shards and its index, a language model, a vision encoder and an autoencoder."""
+    made = scenes.prepare(
+        scenes.ScenesConfig(out=f"{root}/scenes", encoder=0, train=24, validation=0, test=6, per_shard=8)
+    )
+    captions.prepare(
+        captions.CaptionsConfig(input=(f"{made.url}/train/*.tar",), out=f"{root}/index", duplicate_distance=None)
+    )
+    words = word_tokenizer(["Caption:", "Question:", "Answer:", *scenes.vocabulary()])
+    small_llama(len(words), 32, 2).save_pretrained(root / "language")
+    words.save_pretrained(root / "language")
+    random_encoder(vit_config(scenes.SIDE, patch=8, width=16, layers=1)).save_pretrained(root / "vision")
+    size = {"height": scenes.SIDE, "width": scenes.SIDE}
+    ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(root / "vision")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        mid_block_add_attention=False,
+    ).save_pretrained(root / "vae")
+    return root

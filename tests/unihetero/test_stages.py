@@ -5,52 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
-from transformers import AutoModel, AutoProcessor, ViTImageProcessor
+from transformers import AutoModel, AutoProcessor
 
 from palate import artifacts
 from palate.artifacts import ArtifactMismatch
-from palate.corpora import captions
-from palate.corpora.worlds import scenes
-from palate.models.small_lm import small_llama, word_tokenizer
-from palate.models.small_vision import random_encoder, vit_config
 from palate.training import logging as run_logs
 from palate.training.parallel import World
 from palate.unihetero.samples import collate
 from palate.unihetero.stages import TrainConfig, pipeline, start_over
 from palate.unihetero.training import PretrainConfig
-
-WORDS = ["Caption:", "Question:", "Answer:", *scenes.vocabulary()]
+from toy_unihetero import build_parts
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """A corpus of shards with its index, a language model, a vision encoder and an autoencoder, as folders."""
-    root = tmp_path_factory.mktemp("parts")
-    made = scenes.prepare(
-        scenes.ScenesConfig(out=f"{root}/scenes", encoder=0, train=24, validation=0, test=6, per_shard=8)
-    )
-    config = captions.CaptionsConfig(
-        input=(f"{made.url}/train/*.tar",), out=f"{root}/index", duplicate_distance=None, min_side=1
-    )
-    captions.prepare(config)
-    tokenizer = word_tokenizer(WORDS)
-    small_llama(len(tokenizer), 32, 2).save_pretrained(root / "language")
-    tokenizer.save_pretrained(root / "language")
-    random_encoder(vit_config(scenes.SIDE, patch=8, width=16, layers=1)).save_pretrained(root / "vision")
-    size = {"height": scenes.SIDE, "width": scenes.SIDE}
-    ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(root / "vision")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        latent_channels=4,
-        norm_num_groups=4,
-        layers_per_block=1,
-        mid_block_add_attention=False,
-    ).save_pretrained(root / "vae")
-    return root
+    return build_parts(tmp_path_factory.mktemp("parts"))
 
 
 def config(parts, out, **others):

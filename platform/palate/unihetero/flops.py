@@ -94,6 +94,13 @@ class ModelShape:
     head_width: int = 256
     head_blocks: int = 3
     draws: int = DRAWS
+    merged: int = 1
+    """Patches that stand side by side in one visual token."""
+
+    @property
+    def feature_width(self) -> int:
+        """Of a visual token before the projector; 0 without an encoder."""
+        return 0 if self.vision is None else self.vision.layers.width * self.merged
 
     @property
     def trained(self) -> int:
@@ -127,7 +134,7 @@ class ModelShape:
 
     @property
     def _projector(self) -> int:
-        return 0 if self.vision is None else (self.vision.layers.width + self.text.width) * self.text.width
+        return 0 if self.vision is None else (self.feature_width + self.text.width) * self.text.width
 
 
 @dataclass(frozen=True)
@@ -255,7 +262,7 @@ def shape_of(config: Any) -> ModelShape:
         image_tokens=config.image_tokens,
         tied=bool(text.tie_word_embeddings),
         semantic=head,
-        semantic_width=layers.width if config.semantic == "embedding" else vision.hidden_size,
+        semantic_width=layers.width if config.semantic == "embedding" else config.feature_width,
         target_pass=config.semantic == "embedding",
         open_target=config.target == "open",
         branch_layers=0 if config.branch_from is None else layers.layers - config.branch_from,
@@ -263,12 +270,13 @@ def shape_of(config: Any) -> ModelShape:
         latent_width=config.latent_width,
         head_width=config.head_width,
         head_blocks=config.head_blocks,
+        merged=config.feature_width // vision.hidden_size,
     )
 
 
 def _visual(shape: ModelShape, vision: VisionShape, visual: float, images: float, encoded: bool) -> dict[str, Cost]:
     width, wide = shape.text.width, vision.layers.width
-    project = linear(visual, wide, width) + linear(visual, width, width)
+    project = linear(visual, shape.feature_width, width) + linear(visual, width, width)
     parts = {"projector": project}
     if not encoded:
         patches = linear(vision.patches, 3 * vision.patch_size**2, wide, trained=False)

@@ -215,11 +215,13 @@ def stream_of(config: TrainConfig, indexes: list[Artifact], processor: UniHetero
 
 
 def full_weights(model: UniHeteroModel) -> dict[str, torch.Tensor]:
-    """All weights on the CPU; every rank calls it."""
-    found = {}
-    for name, value in model.state_dict().items():
-        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-        found[name] = whole.detach().cpu()
+    """All weights on the CPU, tied ones as one tensor; every rank calls it."""
+    found, seen = {}, {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            seen[id(value)] = whole.detach().cpu()
+        found[name] = seen[id(value)]
     return found
 
 

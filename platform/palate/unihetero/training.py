@@ -15,6 +15,7 @@ from palate.training.parallel import Precision, World
 from palate.training.stream import Stream
 from palate.unihetero.arms import Arm
 from palate.unihetero.averages import Average
+from palate.unihetero.flops import IMAGE_MARKS, flops_per_sample, shape_of
 from palate.unihetero.model import UniHeteroModel
 from palate.unihetero.objectives import (
     ObjectiveConfig,
@@ -69,6 +70,10 @@ class PretrainConfig:
     """Steps whose samples are read while others are computed."""
     readers: int = scale(4)
     """Threads that read samples."""
+    peak_tflops: float | None = scale(None)
+    """Of a rank's accelerator at this precision, to log the utilization (MFU)."""
+    background_saves: bool = scale(True)
+    """Write checkpoints while training goes on."""
     shard: bool = scale(False)
     """Shard weights, gradients and moments over the ranks (FSDP2)."""
     checkpoint_activations: bool = scale(False)
@@ -95,6 +100,8 @@ class Pretraining:
     stops: Sequence[int] = ()
     latents: Callable[[Tensor], Tensor] | None = None
     look: bool = False
+    encoded: bool = False
+    """Whether samples bring the encoder's features, which then cost nothing."""
 
     def before_step(self, step: int) -> None:
         """What follows the update before, and the weights of the step's losses."""
@@ -126,9 +133,17 @@ class Pretraining:
         }
         return weights | {name: 1.0 for name, _ in parameters(self.model, self.config.stage)}
 
+    def flops(self, totals: Mapping[str, float]) -> float:
+        """Model FLOPs of a global batch, its samples taken to be alike: images with as much text each."""
+        images = max(1.0, totals.get("visual", 0.0) / self.model.config.image_tokens)
+        text = max(1.0, totals["tokens"] / images - self.model.config.image_tokens - IMAGE_MARKS)
+        one = flops_per_sample(shape_of(self.model.config), text, totals["text"] / images, encoded=self.encoded)
+        return images * one.total
+
     def loss(self, model: nn.Module, units: Sequence[Any], totals: Mapping[str, float]) -> LossOutput:
         batch = collate([_samples(unit) for unit in units]).to(self.device)
         arguments = batch.arguments()
+        self.encoded = batch.image_features is not None
         if self.latents is not None and batch.pixel_values is not None:
             arguments["latents"] = self.latents(batch.pixel_values)
         output = model(**arguments, shuffled=self.arm.shuffled)
@@ -237,6 +252,7 @@ def pretrain(
         checkpoint_every=config.checkpoint_every,
         keep=config.keep,
         label="pretraining",
+        background_saves=config.background_saves,
         read_ahead=config.read_ahead,
         readers=config.readers,
     )
@@ -252,6 +268,8 @@ def pretrain(
         identity=identity,
         kept=kept,
         before_step=run.before_step,
+        flops=run.flops,
+        peak_flops=None if config.peak_tflops is None else config.peak_tflops * 1e12,
     )
     run.after_step(config.steps)
     return summary
