@@ -1,5 +1,6 @@
 """Finished runs of small unified models with drawn weights, and pictures to ask about."""
 
+import base64
 import io
 from pathlib import Path
 from typing import Any
@@ -66,3 +67,7 @@ def photo(seed: int, size: tuple[int, int] = (20, 12), kind: str = "PNG", mode: 
 def refuse_blue(image: Image.Image) -> str | None:
     """A safety hook: a plain blue image is refused."""
     return "it is too blue" if image.getpixel((0, 0)) == (0, 0, 255) else None
+
+
+def data_url(content: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

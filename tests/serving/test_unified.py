@@ -1,6 +1,5 @@
 """Unified models behind the text endpoints: decoding as ``generation.say`` does, images inside requests, refusals."""
 
-import base64
 import io
 import json
 import re
@@ -25,7 +24,7 @@ from palate.serving.unified import ServedUnified, load_unified, prompt_embedding
 from palate.unihetero.generation import say
 from palate.users.keys import create_key
 from toy_serving import serving, settings
-from toy_unified import photo, unified_run
+from toy_unified import data_url, photo, unified_run
 
 QUESTIONS = ("what is it", "where is it", "what is it left", "is it a red circle")
 MOST = 12
@@ -174,10 +173,6 @@ def http(server: tuple[str, Service], key: str) -> httpx.Client:
     return httpx.Client(base_url=server[0], headers={"Authorization": f"Bearer {key}"}, timeout=60)
 
 
-def data_url(content: bytes, kind: str = "png") -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
 def part(url: Any, **more: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url, **more}}
 
@@ -287,8 +282,12 @@ GOOD = data_url(photo(0))
         ({"messages": about(part("https://example.com/a.png"))}, FIRST, "fetches nothing"),
         ({"messages": about(part("file:///etc/passwd"))}, FIRST, "fetches nothing"),
         ({"messages": about(part(GOOD, detail="high"))}, "messages.0.content.1.image_url.detail", "'auto'"),
-        ({"messages": about(part(GOOD, size=3))}, "messages.0.content.1.image_url.size", "not supported"),
+        ({"messages": about(part(GOOD, size=3))}, "messages.0.content.1.image_url", "'size' of an image"),
         ({"messages": about(part(5))}, FIRST, "an image is sent as"),
+        ({"messages": about(part("\ud800"))}, FIRST, "only data URLs"),
+        ({"messages": about(part("data:image/png;base64,\ud800"))}, FIRST, "no valid base64"),
+        ({"messages": about(part(GOOD, **{"\ud800": 1}))}, "messages.0.content.1.image_url", "not supported"),
+        ({"messages": about({**part(GOOD), "\ud800": 1})}, "messages.0.content", ""),
         ({"messages": about({"type": "image_url", "image_url": GOOD})}, FIRST, "an image is sent as"),
         ({"messages": about({"type": "image_url"})}, FIRST, "an image is sent as"),
         ({"messages": about({**part(GOOD), "text": "x"})}, "messages.0.content.1.text", "not supported"),
@@ -362,3 +361,14 @@ def test_transparent_images_stand_on_white() -> None:
     clear = io.BytesIO()
     Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(clear, "PNG")
     assert read_image(data_url(clear.getvalue()), 1000, 100).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_half_precision_answers_too(url: str) -> None:
+    served = load_unified(url, dtype=torch.bfloat16)
+    ids = prompt_ids(served, [("user", "what is it")], 1)
+    embeddings = prompt_embeddings(served, ids, [opened(photo(0))])
+    assert embeddings.dtype == torch.bfloat16
+    engine = Engine(served.loaded, slots=1, max_length=64)
+    (answer,) = engine.generate([Request(ids, max_new_tokens=MOST, embeddings_Td=embeddings, barred=served.barred)])
+    said = expected(served, ids, [opened(photo(0))])
+    assert without_end(served, answer.token_ids)[:1] == said[:1]

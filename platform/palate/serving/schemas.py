@@ -119,7 +119,7 @@ class _Part(BaseModel):
                 f"{where}.detail", "only 'detail' 'auto' is supported: each image has the model's one resolution"
             )
         for name in given.keys() - {"url", "detail"}:
-            raise Unsupported(f"{where}.{name[:100]}", f"{name[:100]!r} of an image is not supported: leave it out")
+            raise Unsupported(where, f"{name[:100]!r} of an image is not supported: leave it out")
 
 
 class Message(BaseModel):
