@@ -105,6 +105,17 @@ def test_arms_forward_and_backward(arm: str, loss: model.SemanticLoss) -> None:
     assert shape.trained == pytest.approx(trained, rel=0.01)
 
 
+def test_patches_side_by_side_make_a_wider_projector() -> None:
+    config = tiny("encoder")
+    config.image_tokens, config.merge = 4, "concatenate"
+    shape = counts.shape_of(config)
+    assert shape.feature_width == config.feature_width == 96
+    projector = UniHeteroModel(config).projector
+    found = counts.flops_per_sample(shape, TEXT).by_part["projector"]
+    assert counted(lambda: projector(torch.randn(4, 96))) == found.forward
+    assert shape.semantic_width == 96
+
+
 def test_a_diffusion_head_counts_its_draws() -> None:
     head = heads.DiffusionHead(6, 10, width=20, blocks=2)
     condition = torch.randn(7, 10, requires_grad=True)
