@@ -4,8 +4,11 @@ import io
 import json
 import re
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
-from palate.serving.engine import Engine, Request
+from palate.serving import http as http_module
+from palate.serving.engine import Completion, Engine, Event, Request
 from palate.serving.http import PERSONALIZATION
 from palate.serving.sent_images import read_image
 from palate.serving.service import Service, Settings
 from palate.serving.text import decode
-from palate.serving.unified import ServedUnified, load_unified, prompt_embeddings, prompt_ids
+from palate.serving.unified import LEAD, ServedUnified, load_unified, prompt_embeddings, prompt_ids
 from palate.unihetero.generation import say
 from palate.users.keys import create_key
 from toy_serving import serving, settings
@@ -372,3 +376,59 @@ def test_half_precision_answers_too(url: str) -> None:
     (answer,) = engine.generate([Request(ids, max_new_tokens=MOST, embeddings_Td=embeddings, barred=served.barred)])
     said = expected(served, ids, [opened(photo(0))])
     assert without_end(served, answer.token_ids)[:1] == said[:1]
+
+
+def test_who_is_gone_or_does_not_fit_has_no_image_read(url: str, tmp_path: Path, monkeypatch: Any) -> None:
+    given = settings(tmp_path, unified={"scenes": url}, require_keys=False, max_in_flight=1, slots=1, max_waiting=1)
+    body = {"model": "scenes", "messages": about(part(GOOD)), "max_completion_tokens": 2}
+    reading, may_end, reads = threading.Event(), threading.Event(), []
+    read = http_module.prompt_embeddings
+
+    def slow(*given: Any) -> torch.Tensor:
+        reads.append(given)
+        reading.set()
+        assert may_end.wait(30)
+        return read(*given)
+
+    monkeypatch.setattr(http_module, "prompt_embeddings", slow)
+    with serving(given) as (base, service):
+        http = httpx.Client(base_url=base, timeout=60)
+        with ThreadPoolExecutor() as pool:
+            first = pool.submit(http.post, "/v1/chat/completions", json=body)
+            assert reading.wait(30)
+            busy = http.post("/v1/chat/completions", json=body)
+            assert (busy.status_code, busy.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+            may_end.set()
+            assert first.result().status_code == 200
+        may_end.clear()
+        with pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/chat/completions", json=body, timeout=0.3)
+        may_end.set()
+        for _ in range(100):  # its place is free as soon as the server has seen that it is gone
+            answer = http.post("/v1/chat/completions", json=body)
+            if answer.status_code != 429:
+                break
+            time.sleep(0.05)
+        assert answer.status_code == 200
+        count = len(reads)
+        worker = service.unified["scenes"].worker
+        monkeypatch.setattr(worker, "_active", 2)
+        full = http.post("/v1/chat/completions", json=body)
+        assert (full.status_code, full.json()["error"]["code"]) == (503, "overloaded")
+        assert len(reads) == count
+        monkeypatch.setattr(worker, "_active", 0)
+        service.unified["scenes"].reader.shutdown()
+        stopping = http.post("/v1/chat/completions", json=body)
+        assert (stopping.status_code, stopping.json()["error"]["code"]) == (503, "engine_failed")
+
+
+@pytest.mark.parametrize("texts", [["", " circle", " left"], [" ", " circle"], ["circle"], [" "], [""]])
+def test_the_space_before_an_answer_is_not_the_answers(texts: list[str]) -> None:
+    shape = http_module._Chat({}, None, False, LEAD)  # type: ignore[arg-type]
+    whole = shape.whole(0, [], Completion([], "".join(texts), "stop", []))["message"]["content"]
+    streamed, offset = "", 0
+    for text in texts:
+        event = Event(0, 0, 0.0, text, None)
+        streamed += shape.chunk(0, event, offset)["delta"].get("content", "")
+        offset += shape.length(event)
+    assert streamed == whole == "".join(texts).removeprefix(" ")
