@@ -1,5 +1,6 @@
-"""A small CARD run from nothing to answers in two people's manner, with a report, then over HTTP; then a small image
-generator, trained from nothing and tuned on ranked lists, with a grid of the same seeds before and after.
+"""A small CARD run from nothing to answers in two people's manner, with a report, then over HTTP; a small image
+generator, trained from nothing and tuned on ranked lists, with a grid of the same seeds before and after; and a small
+unified model, trained from nothing, that answers questions about a scene.
 
 `make demo` runs it.
 """
@@ -27,12 +28,18 @@ from palate.card.adaptation import AdaptConfig
 from palate.card.heads import PreferConfig
 from palate.card.stages import CardConfig, PromptConfig, pipeline, start_over
 from palate.config import scale
-from palate.corpora.worlds import personas, shapes
+from palate.corpora import captions
+from palate.corpora.captions import CaptionsConfig
+from palate.corpora.pictures import decode_image
+from palate.corpora.questions import read_tsv
+from palate.corpora.worlds import personas, scenes, shapes
 from palate.distributed.launch import launch
+from palate.evaluation import vision
 from palate.evaluation.cases import Case
 from palate.evaluation.comparison import Comparison, TextConfig
 from palate.evaluation.subject import read_run
 from palate.evaluation.text_report import make_report
+from palate.evaluation.vision import Benchmark
 from palate.lpo import stages as lpo
 from palate.lpo.encoding import EncodeConfig
 from palate.lpo.networks import WeightsConfig
@@ -41,6 +48,11 @@ from palate.lpo.stages import LpoConfig
 from palate.lpo.training import ObjectiveConfig, TuneConfig
 from palate.serving.answers import sample_answers
 from palate.training.guards import TrainingStopped
+from palate.unihetero import stages as unihetero
+from palate.unihetero.generation import say
+from palate.unihetero.parts import MERGE, TOKENS, PartsConfig, make_parts
+from palate.unihetero.stages import TrainConfig
+from palate.unihetero.training import PretrainConfig
 from palate.users.keys import create_key
 from palate.users.store import open_store
 
@@ -69,6 +81,10 @@ class DemoConfig:
     """End with images: Diffusion-LPO on simulated annotators who like large, contrasting shapes."""
     image_steps: int = 800
     """Of training the image generator from nothing."""
+    scenes: bool = scale(True)
+    """And with scenes: UniHetero on questions about coloured shapes."""
+    scene_steps: int = 150
+    """Of training the unified model, 32 scenes each."""
     fresh: bool = scale(False)
     """Discard what --out holds and begin anew."""
 
@@ -90,6 +106,9 @@ def main() -> None:
             if config.images:
                 with progress.stage("images"):
                     grid = tune_images(config)
+            if config.scenes:
+                with progress.stage("scenes"):
+                    ask_about_a_scene(config)
     except (ArtifactError, TrainingStopped, ValueError, OSError, openai.OpenAIError, httpx.HTTPError) as error:
         raise SystemExit(f"demo: {error}") from None
     print(f"\nreport: {report.url}/report.md")
@@ -226,6 +245,55 @@ def tune_images(config: DemoConfig) -> Path:
     )
     made = launch(lpo.pipeline, tuned, launcher="local", folder=tuned.out, once=lpo.start_over)
     return made.local("grid.png")
+
+
+def ask_about_a_scene(config: DemoConfig) -> None:
+    """Train a small unified model on captioned scenes with questions, and ask it about one that it has not seen."""
+    folder = partial(join, config.out)
+    corpus = scenes.prepare(
+        scenes.ScenesConfig(out=folder("scenes"), encoder=1000, train=5000, validation=1, test=100, fresh=config.fresh)
+    )
+    index = captions.prepare(
+        CaptionsConfig(
+            input=(f"{corpus.url}/train/*.tar",),
+            out=folder("scenes-index"),
+            duplicate_distance=None,
+            fresh=config.fresh,
+        )
+    )
+    parts = make_parts(
+        PartsConfig(
+            corpus=corpus.url, out=folder("scene-parts"), encoder_steps=100, autoencoder_steps=25, fresh=config.fresh
+        )
+    )
+    settings = TrainConfig(
+        corpus=(index.url,),
+        out=folder("unihetero"),
+        language=str(parts.local_folder("language")),
+        vision=str(parts.local_folder("vision")),
+        image_tokens=TOKENS,
+        merge=MERGE,
+        train=PretrainConfig(
+            steps=config.scene_steps, batch=32, micro_batch=32, learning_rate=2e-3, checkpoint_every=config.scene_steps
+        ),
+        fresh=config.fresh,
+    )
+    run = launch(unihetero.pipeline, settings, launcher="local", folder=settings.out, once=unihetero.start_over)
+    model, processor = vision.load(run, "cpu")
+    benchmark = Benchmark("scenes", tuple(read_tsv(str(corpus.local("questions.tsv")))))
+    answers = vision.ask(model, processor, benchmark, batch=32)
+    right = sum(answer.right for answer in answers) / len(answers)
+    image, choices = benchmark.images[0]
+    file = Path(config.out) / "scene.png"
+    file.write_bytes(image)
+    print(f"\nof {len(answers)} questions about {len(benchmark.images)} new scenes {right:.0%} are answered, ", end="")
+    print(f"where guessing answers {benchmark.chance:.0%}; about {file}:")
+    features = model.encode(processor.pixels([decode_image(image)]))
+    words = processor.phrasing
+    for choice in choices:
+        ids = [*words.image(), *words.asked(choice.question)]
+        said = "".join(processor.tokenizer.decode(p.ids) for p in say(model, ids, features, end=words.end, most=4))
+        print(f"  {choice.question}? {said} (it is {choice.options[choice.answer]})")
 
 
 @contextmanager

@@ -109,7 +109,7 @@ def make_report(config: VisionConfig) -> Artifact:
     texts = [] if config.texts is None else read_texts(config.texts)
 
     def produce(writer: Writer) -> None:
-        systems = []
+        systems: list[System] = []
         for name, run in runs.items():
             with progress.stage(name):
                 model, processor = load(run, config.device)

@@ -67,12 +67,9 @@ class DiffusionHead(nn.Module):
         self.condition = nn.Linear(condition, width)
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
-        self.modulate = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        self.outward = nn.Linear(width, width_out)
+        self.modulate = nn.Sequential(nn.SiLU(), _zeros(width, 2 * width))
+        self.outward = _zeros(width, width_out)
         self.nobody = nn.Parameter(torch.zeros(condition))  # in the condition's place where it is left out
-        for layer in (self.modulate[-1], self.outward):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
 
     def forward(self, noisy_Nz: Tensor, times_N: Tensor, condition_Nc: Tensor) -> Tensor:
         """The noise in ``noisy_Nz``, (N, z); times count from 0 to ``TRAIN_STEPS`` - 1."""
@@ -171,14 +168,20 @@ def noise_scheduler() -> DDPMScheduler:
 class _Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.modulate = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+        self.modulate = nn.Sequential(nn.SiLU(), _zeros(width, 3 * width))
         self.inner = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        nn.init.zeros_(self.modulate[-1].weight)
-        nn.init.zeros_(self.modulate[-1].bias)
 
     def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         shift, gain, gate = self.modulate(embedded).chunk(3, dim=-1)
         return hidden + gate * cast(Tensor, self.inner(_normed(hidden) * (1 + gain) + shift))
+
+
+def _zeros(width_in: int, width_out: int) -> nn.Linear:
+    """A layer that begins by giving zeros."""
+    layer = nn.Linear(width_in, width_out)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def _normed(values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from palate.unihetero.model import UniHeteroConfig
 from palate.unihetero.phrasing import PLACEHOLDER, Phrasing, Words
 
 
-class UniHeteroProcessor(ProcessorMixin):  # type: ignore[no-untyped-call]
+class UniHeteroProcessor(ProcessorMixin):
     """Texts with ``<image>`` where an image stands, and the images, as the model takes them.
 
     Args:

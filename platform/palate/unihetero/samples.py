@@ -8,7 +8,7 @@ Symbols: B rows, T tokens, I images, P visual tokens, s feature width, c latent 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -83,8 +83,12 @@ class Batch:
     seeds: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()})
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
 
     def arguments(self) -> dict[str, Any]:
         """For ``UniHeteroModel.forward``."""

@@ -99,7 +99,7 @@ class Scenes:
         return self.split.scenes.keys[index]
 
     def load(self, index: int, seed: int) -> Sample:
-        given = {
+        given: dict[str, Any] = {
             "encoded": True,
             "latents": self.split.latents_NPc[index][None].float(),
             "seed": seed % (1 << 40),
