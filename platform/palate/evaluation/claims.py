@@ -11,11 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from palate.evaluation.scaling import (
@@ -295,7 +292,8 @@ def _finite(value: Any) -> Any:
 
 def _plot(found: Findings, path: Path) -> None:
     """Accuracy over samples, and the difference to the baseline with intervals over seeds."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for number, (arm, curves) in enumerate(found.curves.items()):
         style = "--" if len(curves.seeds) < len(found.curves[BASELINE].seeds) else "-"
         colour = f"C{number % 10}"
@@ -316,4 +314,3 @@ def _plot(found: Findings, path: Path) -> None:
         axes.grid(alpha=0.3)
     left.legend(fontsize=7)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
