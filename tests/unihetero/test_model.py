@@ -1,11 +1,13 @@
 """The unified model: which parameters each arm teaches, where gradients stop, masks, formats."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModel, AutoModelForCausalLM, Dinov2Config, SiglipVisionConfig
 
-from palate.unihetero.arms import ARMS, Arm
+from palate.unihetero.arms import Arm
 from palate.unihetero.model import UniHeteroConfig, UniHeteroModel, grid, semantic_loss
 from palate.unihetero.objectives import Weights, total
 from palate.unihetero.samples import collate
@@ -18,8 +20,7 @@ ALL = Weights(1.0, 1.0, 1.0)
 def outputs(arm, rows=None, **values):
     network = model(arm, **values).train()
     batch = collate(rows or [[sample] for sample in samples()])
-    chosen = ARMS[arm] if isinstance(arm, str) else arm
-    return network, network(**batch.arguments(), shuffled=chosen.shuffled)
+    return network, network(**batch.arguments())
 
 
 def taught(network, loss):
@@ -55,7 +56,7 @@ def test_each_loss_teaches_its_parts(arm, semantic, pixel):
     for head in (network.pixel_head,):  # its last layers begin at zero, and pass nothing back
         for parameter in head.parameters() if head is not None else ():
             torch.nn.init.normal_(parameter, std=0.1)
-    output = network(**collate([[sample] for sample in samples()]).arguments(), shuffled=ARMS[arm].shuffled)
+    output = network(**collate([[sample] for sample in samples()]).arguments())
     assert taught(network, output.text_loss) == {"language", "projector"}
     for value, expected in ((output.semantic_loss, semantic), (output.pixel_loss, pixel)):
         assert (value is None) == (expected is None)
@@ -147,6 +148,13 @@ def test_every_semantic_loss_falls_when_it_is_trained(loss):
     assert found[-1] < (0.9 if loss == "diffusion" else 0.5) * found[0]
 
 
+def test_mse_is_over_each_targets_own_square():
+    predicted, targets = torch.randn(5, 8), torch.randn(5, 8)
+    whole = semantic_loss(predicted, targets, "mse")
+    assert torch.equal(whole[:2], semantic_loss(predicted[:2], targets[:2], "mse"))  # whatever else is in the batch
+    torch.testing.assert_close(whole, ((predicted - targets) ** 2).sum(1) / (targets**2).sum(1))
+
+
 def test_mse_of_vectors_of_one_size_is_twice_1_minus_cosine():
     left, right = (F.normalize(torch.randn(5, 8, dtype=torch.float64), dim=-1) for _ in range(2))
     torch.testing.assert_close(
@@ -154,10 +162,15 @@ def test_mse_of_vectors_of_one_size_is_twice_1_minus_cosine():
     )
 
 
-def test_shuffled_targets_are_another_images_at_the_same_place():
-    network, output = outputs("shuffled")
-    plain = network(**collate([[sample] for sample in samples()]).arguments())
-    torch.testing.assert_close(output.targets.view(3, PLACES, -1).roll(-1, 0), plain.targets.view(3, PLACES, -1))
+def test_other_images_targets_are_predicted_where_a_sample_brings_them():
+    network, rows = model("shuffled"), samples()
+    others = torch.randn(3, 1, PLACES, FEATURES)
+    given = collate([[replace(sample, targets=other)] for sample, other in zip(rows, others, strict=True)])
+    output = network(**given.arguments())
+    torch.testing.assert_close(output.targets.view(3, PLACES, -1), network.target_of(others[:, 0]))
+    plain = network(**collate([[sample] for sample in rows]).arguments())
+    assert torch.equal(output.text_loss, plain.text_loss)
+    assert torch.equal(output.predicted, plain.predicted)
 
 
 def test_the_target_follows_the_projector():
@@ -207,6 +220,28 @@ def test_equal_to_the_plain_language_model_where_there_is_no_image():
     reference = language()
     reference.eval()
     torch.testing.assert_close(network(input_ids=ids).logits, reference(input_ids=ids).logits)
+
+
+def test_eager_attention_sees_what_sdpa_sees():
+    found = []
+    for attention in ("sdpa", "eager"):
+        network = model("embedding").eval()
+        network.language.set_attn_implementation(attention)
+        found.append(network(**collate([samples()]).arguments()))
+    torch.testing.assert_close(found[0].text_loss, found[1].text_loss)
+    torch.testing.assert_close(found[0].states, found[1].states, rtol=1e-4, atol=1e-5)
+
+
+def test_images_of_another_size_than_the_encoder_was_trained_on():
+    settings = config(image_size=32)
+    assert settings.feature_width == FEATURES * 4 or settings.merge == "mean"
+    settings.image_tokens = 16
+    network = UniHeteroModel.from_parts(language(), vision(), settings).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    expected = network.vision(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
+    torch.testing.assert_close(network.encode(pixels), expected)
+    with pytest.raises(ValueError, match="expected 32 a side"):
+        network.encode(torch.randn(1, 3, 16, 16))
 
 
 def test_places_and_features_must_agree():
@@ -289,6 +324,7 @@ def test_any_decoder_only_language_model_fits():
         network = UniHeteroModel.from_parts(AutoModelForCausalLM.from_config(text), vision(), settings)
         output = network(**collate([[sample] for sample in samples()]).arguments())
         assert taught(network, output.text_loss + output.semantic_loss) >= {"language", "projector", "semantic_head"}
+        assert len(network.layers) == 3
 
 
 def test_stages_train_their_parts():

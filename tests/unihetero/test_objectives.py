@@ -16,7 +16,7 @@ from toy_unihetero import PLACES, model, samples
 
 
 def test_weights_rise_linearly_and_stay():
-    config = ObjectiveConfig(semantic_weight=2.0, pixel_weight=3.0, ramp_from=0.1, ramp=0.5)
+    config = ObjectiveConfig(semantic_weight=2.0, pixel_weight=3.0, ramp_from=0.1, ramp=50)
     found = [weights_at(step, 100, ARMS["embedding"], config) for step in (1, 25, 50, 100)]
     assert [one.semantic for one in found] == pytest.approx([2 * 0.118, 2 * 0.55, 2.0, 2.0])
     assert found[3].pixel == 3.0
@@ -24,12 +24,12 @@ def test_weights_rise_linearly_and_stay():
 
 
 def test_generation_first_has_no_text_loss_at_first():
-    config = ObjectiveConfig(ramp=0.0)
+    config = ObjectiveConfig(ramp=0)
     assert [weights_at(step, 10, ARMS["curriculum"], config).text for step in (1, 2, 3, 10)] == [0, 0, 1, 1]
     assert weights_at(5, 10, ARMS["capacity"], config).semantic == 0.0
 
 
-@pytest.mark.parametrize("name", ["semantic_weight", "momentum", "ramp"])
+@pytest.mark.parametrize("name", ["semantic_weight", "momentum", "ramp_from"])
 def test_weights_out_of_range_are_refused(name):
     with pytest.raises(ValueError, match=name.replace("_", "-")):
         ObjectiveConfig(**{name: -0.1})

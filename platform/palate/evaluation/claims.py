@@ -148,12 +148,12 @@ def _between(curves: Mapping[str, Curves], left: str, right: str, name: str = "a
 
 
 def _final(curves: Curves) -> list[dict[str, Any]]:
-    """What was measured at the end of each run."""
-    return [next(p["final"] for p in reversed(one["points"]) if "final" in p) for one in curves.runs]
+    """What each run measured once all arms had ended: the baseline goes on for longer."""
+    return [next(p["final"] for p in one["points"] if "final" in p) for one in curves.runs]
 
 
 def _free_runs(curves: Mapping[str, Curves]) -> dict[str, dict[int, SeedEstimate]]:
-    """Embedding less encoder, paired: the error (1 - share of variance explained, in the input space) and the loss of
+    """Embedding less encoder, paired: the error (1 - share of variance explained, of x_s) and the loss of
     captions that are read from what was made, over that from true images."""
     if not {"embedding", "encoder"} <= curves.keys():
         return {}
@@ -171,7 +171,7 @@ def _free_runs(curves: Mapping[str, Curves]) -> dict[str, dict[int, SeedEstimate
 
 
 def _probes(curves: Mapping[str, Curves]) -> dict[str, dict[str, SeedEstimate]]:
-    """Each arm less the baseline, paired, by probe; at the depth where the baseline is best on average."""
+    """Each arm less the baseline, paired, by probe; at the depth where both together are best."""
     found: dict[str, dict[str, SeedEstimate]] = {}
     base = dict(zip(curves[BASELINE].seeds, _final(curves[BASELINE]), strict=True))
     depths = list(next(iter(base.values()))["probes"])
@@ -180,9 +180,10 @@ def _probes(curves: Mapping[str, Curves]) -> dict[str, dict[str, SeedEstimate]]:
             continue
         finals = {seed: final for seed, final in zip(mine.seeds, _final(mine), strict=True) if seed in base}
         for probe in next(iter(base.values()))["probes"][depths[0]]:
-            best = max(depths, key=lambda depth: float(np.mean([f["probes"][depth][probe] for f in base.values()])))
+            both = [*base.values(), *finals.values()]
+            best = max(depths, key=lambda depth: float(np.mean([f["probes"][depth][probe] for f in both])))
             values = [finals[s]["probes"][best][probe] - base[s]["probes"][best][probe] for s in finals]
-            found.setdefault(arm, {})[f"{probe} ({best})"] = over_seeds(values)
+            found.setdefault(arm, {})[probe] = over_seeds(values)
     return found
 
 
@@ -250,7 +251,7 @@ def markdown(found: Findings) -> str:
         rows = [["", *(f"k = {k}" for k in ks)]]
         rows += [[name, *(_shown(by[k]) for k in ks)] for name, by in found.free_run.items()]
         lines += _table(rows)
-    lines += ["", f"## Probes against {BASELINE}, where it is best", ""]
+    lines += ["", f"## Probes against {BASELINE}, at the depth where both together are best", ""]
     names = list(next(iter(found.probes.values()))) if found.probes else []
     rows = [["arm", *names]] + [[arm, *(_shown(by[name]) for name in names)] for arm, by in found.probes.items()]
     lines += _table(rows)

@@ -73,7 +73,7 @@ class TuneConfig:
     """Largest gradient norm."""
     precision: Precision = "fp32"
     """bf16 computes in bfloat16 where that is safe; errors and scores stay float32."""
-    spike_sigmas: float | None = 20.0
+    spike_sigmas: float | None = scale(20.0)
     """Skip an update whose loss is so many robust deviations above the median, and stop after three; None: never."""
     caching: Literal["none", "two-pass", "one-pass"] = scale("none")
     """List gradient caching: memory of one chunk of images. one-pass suits adapters, two-pass full weights."""

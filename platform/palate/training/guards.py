@@ -59,8 +59,9 @@ class SpikeGuard:
                     raise LossSpike(
                         f"step {step}: loss {loss:.4g} is above {limit:.4g}, like {self.rejected - 1} before it "
                         f"(median of the last {len(self.losses)} others: {median:.4g}); samples: "
-                        f"{_shown(samples())}. Lower the learning rate, or raise --spike-sigmas; the last checkpoint "
-                        "is from before"
+                        f"{_shown(samples())}. Look at these "
+                        "samples; start again with a larger --spike-sigmas, or anew with a lower rate; the last "
+                        "checkpoint is from before"
                     )
                 return False
         self.rejected = 0

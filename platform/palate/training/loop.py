@@ -54,10 +54,11 @@ class LoopConfig:
     """AdamW's."""
     precision: Precision = "fp32"
     """bf16: the forward pass computes in bfloat16 where that is safe; weights and moments stay float32."""
-    spike_sigmas: float | None = None
-    """Skip an update whose loss is so many robust deviations above the median of the last 64; None: never."""
-    max_corrupt: int = 1000
-    """Stop when more samples than this could not be read."""
+    spike_sigmas: float | None = scale(None)
+    """Skip an update whose loss is so many robust deviations above the median of the last 64; None: never. A run that
+    the guard stopped may go on with another limit."""
+    max_corrupt: int = scale(1000)
+    """Stop when more samples than this could not be read; a run may go on with another limit."""
     micro_batch: int = scale(8)
     """Units that a rank takes through the model at once."""
     checkpoint_every: int = scale(100)
@@ -138,9 +139,11 @@ class _State:
     loss: float | None = None
 
     @staticmethod
-    def restored(counters: Mapping[str, Any]) -> "_State":
+    def restored(counters: Mapping[str, Any], spike_sigmas: float | None) -> "_State":
+        """The state of a checkpoint; the guard's limit is the present one."""
         cursors = tuple(Cursor(**cursor) for cursor in counters["cursors"])
-        return _State(**{**counters, "cursors": cursors, "guard": guards.SpikeGuard(**counters["guard"])})
+        guard = guards.SpikeGuard(**{**counters["guard"], "sigmas": spike_sigmas})
+        return _State(**{**counters, "cursors": cursors, "guard": guard})
 
 
 def train(
@@ -199,7 +202,7 @@ def train(
     if fresh:
         store.discard()
     elif index := store.load(named, optimizer):
-        state = _State.restored(index["counters"])
+        state = _State.restored(index["counters"], config.spike_sigmas)
         if index["world_size"] != world.size:
             _seed(config.seed, state.step, world.rank)
         log.info("going on from step %d of %d in %s", state.step, config.steps, folder)

@@ -37,7 +37,7 @@ class Arm:
     weighted: bool = True
     """False: the heads are computed, at weight 0 (same cost, no signal)."""
     shuffled: bool = False
-    """Semantic targets of other images."""
+    """Semantic targets of other images, which the source draws (the experiment's does)."""
     generation_first: float = 0.0
     """Share of the steps, at the beginning, in which there is no text loss."""
 

@@ -37,11 +37,15 @@ class Average:
     def in_place(self) -> Iterator[None]:
         """The average in the model, and afterwards the weights again, bit for bit."""
         before = [parameter.detach().clone() for parameter in self.fast]
-        self._put([parameter for _, parameter in self.slow])
+        self.put()
         try:
             yield
         finally:
             self._put(before)
+
+    def put(self) -> None:
+        """The average in the model, for good."""
+        self._put([parameter for _, parameter in self.slow])
 
     @torch.no_grad()
     def _put(self, values: Sequence[torch.Tensor]) -> None:

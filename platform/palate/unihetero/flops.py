@@ -255,7 +255,7 @@ def shape_of(config: Any) -> ModelShape:
         vocabulary=text.vocab_size,
         vision=VisionShape(
             _layers(vision, gated=bool(getattr(vision, "use_swiglu_ffn", False))),
-            vision.image_size,
+            config.image_size,
             vision.patch_size,
             extra_tokens=1 + int(getattr(vision, "num_register_tokens", 0)),
         ),

@@ -39,13 +39,14 @@ class UniHeteroConfig(PreTrainedConfig):
     """Settings of a ``UniHeteroModel``.
 
     Args:
+        image_size: pixels of a side of the images that the encoder gets, which may be others than it was trained on.
         image_tokens: P. Where the encoder's grid is larger, its patches are merged.
         merge: mean: patches that are merged are averaged; concatenate: they stand side by side (pixel unshuffle).
         image_token_id, image_start_id, image_end_id: the placeholder of a visual token, and what stands around an
             image.
         embed_scale: root mean square of the embeddings that the projector gives.
         semantic: what is predicted of the next visual token.
-        semantic_loss: cosine: 1 - cos; mse: squared distance over the target's mean square; diffusion: MAR's head.
+        semantic_loss: cosine: 1 - cos; mse: squared distance over the target's square; diffusion: MAR's head.
         target: of "embedding": the projector's average over steps (ema, as in GAS), the projector as it was in the
             beginning (frozen), as it is (current, no gradient), or with gradient (open: it collapses).
         shift: predict the next visual token; False: the token at the state's own place (a control).
@@ -61,6 +62,7 @@ class UniHeteroConfig(PreTrainedConfig):
         self,
         text_config: Any = None,
         vision_config: Any = None,
+        image_size: int | None = None,
         image_tokens: int = 16,
         merge: Literal["mean", "concatenate"] = "mean",
         image_token_id: int = 0,
@@ -80,6 +82,7 @@ class UniHeteroConfig(PreTrainedConfig):
     ) -> None:
         self.text_config = _config(text_config, "llama")
         self.vision_config = _config(vision_config, "vit")
+        self.image_size = image_size or int(self.vision_config.image_size)
         self.image_tokens, self.merge = image_tokens, merge
         self.image_token_id, self.image_start_id, self.image_end_id = image_token_id, image_start_id, image_end_id
         self.embed_scale = embed_scale
@@ -92,7 +95,7 @@ class UniHeteroConfig(PreTrainedConfig):
     @property
     def feature_width(self) -> int:
         """d_s: of a visual token before the projector."""
-        merged = (self.vision_config.image_size // self.vision_config.patch_size) ** 2 // self.image_tokens
+        merged = (self.image_size // self.vision_config.patch_size) ** 2 // self.image_tokens
         return int(self.vision_config.hidden_size) * (merged if self.merge == "concatenate" else 1)
 
     def get_text_config(self, *args: Any, **keywords: Any) -> Any:
@@ -130,10 +133,9 @@ class UniHeteroModel(PreTrainedModel):
     def __init__(self, config: UniHeteroConfig) -> None:
         super().__init__(config)
         text = config.text_config
-        if getattr(text, "final_logit_softcapping", None):
-            raise ValueError(
-                f"a {text.model_type} caps its logits, which is not implemented: choose another language model"
-            )
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(text, name, None) not in (None, 1, 1.0):
+                raise ValueError(f"a {text.model_type} has {name}, which is not implemented: choose another")
         self.vision = AutoModel.from_config(config.vision_config)
         if getattr(self.vision, "pooler", None) is not None:
             self.vision.pooler = None  # patches are all that is read
@@ -165,7 +167,7 @@ class UniHeteroModel(PreTrainedModel):
             model.target_projector.load_state_dict(model.projector.state_dict())
         if model.branch is not None:
             assert config.branch_from is not None
-            upper = model.decoder.layers[config.branch_from :]
+            upper = model.layers[config.branch_from :]
             for layer, source in zip(model.branch.layers, upper, strict=True):
                 layer.load_state_dict(source.state_dict())
             model.branch.norm.load_state_dict(model.decoder.norm.state_dict())
@@ -175,6 +177,18 @@ class UniHeteroModel(PreTrainedModel):
     def decoder(self) -> Any:
         """The language model without its output layer."""
         return self.language.get_decoder()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The language model's layers.
+
+        Raises:
+            ValueError: they are not where they are in the models that are known.
+        """
+        for name in ("layers", "h", "blocks"):
+            if isinstance(found := getattr(self.decoder, name, None), nn.ModuleList):
+                return found
+        raise ValueError(f"the layers of a {self.config.text_config.model_type} are not known: choose another")
 
     def freeze(self) -> None:
         """No gradient to the vision encoder and to the target's projector."""
@@ -200,7 +214,16 @@ class UniHeteroModel(PreTrainedModel):
     @torch.no_grad()
     def encode(self, pixel_values_I3HW: Tensor) -> Tensor:
         """What the vision encoder puts out, x_s (I, P, d_s)."""
-        return grid(self.vision(pixel_values=pixel_values_I3HW).last_hidden_state, self.config)
+        size = pixel_values_I3HW.shape[-1]
+        if pixel_values_I3HW.shape[-2:] != (self.config.image_size, self.config.image_size):
+            raise ValueError(
+                f"images are {tuple(pixel_values_I3HW.shape[-2:])}, expected {self.config.image_size} a side"
+            )
+        others = {}
+        if size != self.config.vision_config.image_size:
+            names = inspect.signature(self.vision.forward).parameters  # some interpolate unasked
+            others = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in names else {}
+        return grid(self.vision(pixel_values=pixel_values_I3HW, **others).last_hidden_state, self.config)
 
     def embed(self, input_ids_BT: Tensor, features_IPs: Tensor | None) -> Tensor:
         """The language model's input (B, T, d): token embeddings, and the projected features at the visual tokens.
@@ -237,6 +260,9 @@ class UniHeteroModel(PreTrainedModel):
 
     def decode(self, embeddings_BTd: Tensor, cache: Cache | None = None, **others: Any) -> Any:
         """The language model's output on embeddings; ``cache`` grows in place."""
+        mask = others.get("attention_mask")
+        if mask is not None and mask.dtype == torch.bool:
+            others["attention_mask"] = _mask_for(self.language.config._attn_implementation, mask, embeddings_BTd.dtype)
         if cache is not None:
             # transformers 5.24 renamed `past_key_values` to `cache`, model by model.
             names = inspect.signature(self.decoder.forward).parameters
@@ -254,8 +280,9 @@ class UniHeteroModel(PreTrainedModel):
         labels: Tensor | None = None,
         latents: Tensor | None = None,
         seeds: list[int] | None = None,
-        shuffled: bool = False,
+        target_features: Tensor | None = None,
         cache: Cache | None = None,
+        logits: bool = True,
     ) -> UniHeteroOutput:
         """States and logits; with ``labels``, losses instead of logits.
 
@@ -265,8 +292,9 @@ class UniHeteroModel(PreTrainedModel):
             labels: (B, T), -100 where nothing is supervised; a token's label stands at its own place.
             latents: (I, P, latent_width), for the pixel loss.
             seeds: one an image, of what the diffusion losses draw.
-            shuffled: semantic targets of another image of the batch (a control).
+            target_features: (I, P, d_s) of other images, in the place of their own as semantic targets (a control).
             cache: of keys and values, which grows in place.
+            logits: False leaves them out; the states are enough to make those that are read.
         """
         if image_features is None and pixel_values is not None:
             image_features = self.encode(pixel_values)
@@ -282,6 +310,8 @@ class UniHeteroModel(PreTrainedModel):
         )
         states_BTd = output.last_hidden_state
         result = UniHeteroOutput(states_BTd)
+        if labels is None and not logits:
+            return result
         if labels is None:
             result.logits = self.get_output_embeddings()(states_BTd)
             return result
@@ -299,7 +329,7 @@ class UniHeteroModel(PreTrainedModel):
                 position_ids=position_ids,
                 use_cache=False,
             ).last_hidden_state
-        self._generation(result, generating_BTd, input_ids, image_features, latents, seeds, shuffled)
+        self._generation(result, generating_BTd, input_ids, image_features, latents, seeds, target_features)
         return result
 
     def _generation(
@@ -310,7 +340,7 @@ class UniHeteroModel(PreTrainedModel):
         features_IPs: Tensor,
         latents_IPc: Tensor | None,
         seeds: list[int] | None,
-        shuffled: bool,
+        target_features_IPs: Tensor | None,
     ) -> None:
         """The losses of the heads that there are."""
         images, tokens = features_IPs.shape[:2]
@@ -322,9 +352,7 @@ class UniHeteroModel(PreTrainedModel):
         seeds = seeds if seeds is not None else [0] * images
         states_Vd = states_BTd[before_BT]
         if self.semantic_head is not None:
-            targets_IPz = self.target_of(features_IPs)
-            if shuffled:
-                targets_IPz = targets_IPz.roll(1, 0)
+            targets_IPz = self.target_of(features_IPs if target_features_IPs is None else target_features_IPs)
             targets_Vz = targets_IPz.flatten(0, 1).float()
             result.targets = targets_Vz
             if isinstance(self.semantic_head, DiffusionHead):
@@ -347,10 +375,10 @@ class UniHeteroModel(PreTrainedModel):
 
 
 def semantic_loss(predicted_Vz: Tensor, targets_Vz: Tensor, kind: SemanticLoss) -> Tensor:
-    """1 - cosine, or the squared distance over the targets' mean square, of each position: (V,)."""
+    """1 - cosine, or the squared distance over the target's square, of each position: (V,)."""
     if kind == "cosine":
         return 1 - F.cosine_similarity(predicted_Vz, targets_Vz, dim=-1)
-    return ((predicted_Vz - targets_Vz) ** 2).mean(-1) / (targets_Vz.detach() ** 2).mean()
+    return ((predicted_Vz - targets_Vz) ** 2).sum(-1) / (targets_Vz.detach() ** 2).sum(-1).clamp(min=1e-12)
 
 
 def grid(hidden_ILs: Tensor, config: UniHeteroConfig) -> Tensor:
@@ -361,7 +389,7 @@ def grid(hidden_ILs: Tensor, config: UniHeteroConfig) -> Tensor:
         ValueError: the patches cannot be merged to P.
     """
     vision = config.vision_config
-    side = vision.image_size // vision.patch_size
+    side = config.image_size // vision.patch_size
     patches = hidden_ILs[:, -side * side :]
     wanted = round(config.image_tokens**0.5)
     if wanted * wanted != config.image_tokens or side % wanted:
@@ -416,6 +444,19 @@ _NEW_PARTS: dict[str, Callable[[UniHeteroConfig], nn.Module | None]] = {
     "semantic_head": _semantic_head,
     "pixel_head": _pixel_head,
 }
+
+
+def _mask_for(attention: str | None, mask_B1TT: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that is True where a token may look, as an implementation of attention takes it.
+
+    Raises:
+        ValueError: it takes no such mask.
+    """
+    if attention == "sdpa":
+        return mask_B1TT
+    if attention == "eager":  # it adds its mask
+        return torch.zeros_like(mask_B1TT, dtype=dtype).masked_fill(~mask_B1TT, torch.finfo(dtype).min)
+    raise ValueError(f"attention {attention!r} takes no mask of segments: load the language model with sdpa")
 
 
 def _config(given: Any, default: str) -> Any:

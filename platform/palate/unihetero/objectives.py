@@ -34,14 +34,14 @@ class ObjectiveConfig:
     """Of the pixel loss, lambda_p."""
     ramp_from: float = 0.015
     """Share of its weight that a loss has at the first step (GAS)."""
-    ramp: float = 0.1
-    """Share of the steps over which weights rise to the whole."""
+    ramp: int = 1000
+    """Steps over which weights rise to the whole, whatever a run's length."""
     momentum: float = 0.999
     """Of the target's projector, a step (GAS)."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, "semantic_weight", "pixel_weight")
-        require_shares(self, "ramp_from", "ramp", "momentum")
+        require_at_least(self, 0, "semantic_weight", "pixel_weight", "ramp")
+        require_shares(self, "ramp_from", "momentum")
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class Weights:
 def weights_at(step: int, steps: int, arm: Arm, config: ObjectiveConfig) -> Weights:
     """The weights at update ``step`` (from 1) of ``steps``."""
     first = math.floor(arm.generation_first * steps)
-    ramp = config.ramp * steps
-    risen = 1.0 if step >= ramp else config.ramp_from + (1 - config.ramp_from) * step / ramp
+    risen = 1.0 if step >= config.ramp else config.ramp_from + (1 - config.ramp_from) * step / config.ramp
     on = risen if arm.weighted else 0.0
     return Weights(float(step > first), on * config.semantic_weight, on * config.pixel_weight)
 

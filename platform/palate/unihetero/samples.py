@@ -53,6 +53,7 @@ class Sample:
     latents: Tensor | None = None
     seed: int = 0
     prefix_labels: tuple[int, ...] | None = None  # IGNORED where it is not supervised
+    targets: Tensor | None = None  # features (images, P, s) of other images, to be predicted instead (a control)
 
     @property
     def length(self) -> int:
@@ -80,6 +81,7 @@ class Batch:
     pixel_values: Tensor | None = None
     image_features: Tensor | None = None
     latents: Tensor | None = None
+    target_features: Tensor | None = None
     seeds: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
@@ -126,6 +128,7 @@ def collate(rows: Sequence[Sequence[Sample]], padding: int = 0) -> Batch:
         raise ValueError("some samples bring features or latents, and others do not: make a source's samples alike")
     images = torch.cat([sample.images for sample in samples if sample.images is not None]) if samples else None
     latents = [sample.latents for sample in samples if sample.latents is not None]
+    targets = [sample.targets for sample in samples if sample.targets is not None]
     seeds = [sample.seed * 64 + i for sample in samples for i in range(sample.image_count)]
     return Batch(
         input_ids=ids,
@@ -135,8 +138,41 @@ def collate(rows: Sequence[Sequence[Sample]], padding: int = 0) -> Batch:
         pixel_values=None if encoded == {True} else images,
         image_features=images if encoded == {True} else None,
         latents=torch.cat(latents) if latents else None,
+        target_features=torch.cat(targets) if targets else None,
         seeds=tuple(seed % (1 << 63) for seed in seeds),
     )
+
+
+def split(samples: Sequence[Sample], longest: int | None) -> list[list[Sample]]:
+    """Samples as rows of at most ``longest`` tokens, in their order; a longer sample is a row of its own."""
+    rows: list[list[Sample]] = [[]]
+    length = 0
+    for sample in samples:
+        if rows[-1] and longest is not None and length + sample.length > longest:
+            rows.append([])
+            length = 0
+        rows[-1].append(sample)
+        length += sample.length
+    return rows
+
+
+def shortened(sample: Sample, longest: int) -> Sample:
+    """The sample cut to ``longest`` tokens: last segments go first, then the end of the first one.
+
+    Raises:
+        ValueError: its prefix alone, with its images, is longer.
+    """
+    room = longest - len(sample.prefix)
+    if room < 0:
+        raise ValueError(f"{len(sample.prefix)} tokens up to the end of the image, of at most {longest}")
+    kept: list[Segment] = []
+    for segment in sample.segments:
+        cut = Segment(segment.ids[:room], segment.labels[:room]) if room > 0 else None
+        if cut is None or (kept and len(cut.ids) < len(segment.ids)):
+            break
+        kept.append(cut)
+        room -= len(cut.ids)
+    return replace(sample, segments=tuple(kept))
 
 
 def visible(owners_BT: Tensor, segments_BT: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ All arms see the same samples in the same order; the fingerprint of all batches 
 
 import hashlib
 import json
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -70,7 +71,7 @@ class RunConfig:
     """Constant after the warm-up; what is measured is an average of the weights."""
     warmup: int = 50
     """Steps over which the rate rises, whatever a run's length: so a longer run goes on from a shorter one."""
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(ramp=40, momentum=0.99))
     monitor_every: int = 100
     """Steps between looks at targets and gradients."""
 
@@ -78,19 +79,20 @@ class RunConfig:
 class Scenes:
     """A split of scenes as samples; a ``Source`` of the stream."""
 
-    def __init__(self, split: EncodedSplit, phrasing: Phrasing, features: str, share: float, digest: str) -> None:
-        self.name, self.split, self.phrasing, self.share = "scenes", split, phrasing, share
+    def __init__(
+        self,
+        split: EncodedSplit,
+        segments: Sequence[tuple[Segment, ...]],
+        phrasing: Phrasing,
+        features: str,
+        share: float,
+        digest: str,
+        shuffled: bool = False,
+    ) -> None:
+        self.name, self.split, self.segments, self.phrasing = "scenes", split, segments, phrasing
         self.features = split.features_NPs if features == "trained" else split.random_NPs
+        self.share, self.shuffled = share, shuffled
         self.fingerprint = digest[:16]
-
-    @cached_property
-    def segments(self) -> list[tuple[Segment, ...]]:
-        """The caption's, and the questions', of every scene."""
-        found = []
-        for scene, questions in zip(self.split.scenes.scenes, self.split.scenes.questions, strict=True):
-            asked = [self.phrasing.question(one.text, one.answer) for one in questions]
-            found.append((self.phrasing.caption(scene.caption), *asked))
-        return found
 
     def __len__(self) -> int:
         return len(self.split.scenes.keys)
@@ -104,6 +106,9 @@ class Scenes:
             "latents": self.split.latents_NPc[index][None].float(),
             "seed": seed % (1 << 40),
         }
+        if self.shuffled:  # another scene's, whichever it is
+            other = (index + 1 + random.Random(seed).randrange(len(self) - 1)) % len(self)
+            given["targets"] = self.features[other][None].float()
         image = self.features[index][None].float()
         if text_first(seed, self.share):
             return self.phrasing.to_draw(self.id(index), self.split.scenes.scenes[index].caption, image, **given)
@@ -119,6 +124,7 @@ class Experiment:
     parts: Artifact
     train: EncodedSplit
     test: EncodedSplit
+    _segments: dict[int, list[tuple[Segment, ...]]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -129,6 +135,15 @@ class Experiment:
     @cached_property
     def phrasing(self) -> Phrasing:
         return Phrasing(self.tokenizer, TOKENS)
+
+    def segments(self, split: EncodedSplit) -> list[tuple[Segment, ...]]:
+        """The caption's, and the questions', of every scene: made once a process, for they take minutes."""
+        if id(split) not in self._segments:
+            self._segments[id(split)] = [
+                (self.phrasing.caption(scene.caption), *(self.phrasing.question(q.text, q.answer) for q in questions))
+                for scene, questions in zip(split.scenes.scenes, split.scenes.questions, strict=True)
+            ]
+        return self._segments[id(split)]
 
     def model(self, arm: Arm, features: str, seed: int) -> UniHeteroModel:
         """A new model; of equal seeds, arms have equal language models and projectors."""
@@ -151,7 +166,15 @@ class Experiment:
         return UniHeteroModel.from_parts(language, vision, settings, seed)
 
 
-def run(experiment: Experiment, name: str, seed: int, objective: ObjectiveConfig, out: str, samples: int) -> Artifact:
+def run(
+    experiment: Experiment,
+    name: str,
+    seed: int,
+    objective: ObjectiveConfig,
+    out: str,
+    samples: int,
+    brief: bool = False,
+) -> Artifact:
     """A run of the arm ``name`` ("embedding", or "random:embedding" for it on the random encoder), unless it is
     done."""
     features, _, arm_name = name.rpartition(":")
@@ -166,7 +189,7 @@ def run(experiment: Experiment, name: str, seed: int, objective: ObjectiveConfig
     inputs = {"corpus": experiment.corpus, "parts": experiment.parts}
 
     def produce(writer: artifacts.Writer) -> None:
-        _Run(experiment, arm, features, seed, objective, out, samples, settings).write(writer)
+        _Run(experiment, arm, features, seed, objective, out, samples, settings, brief).write(writer)
 
     return artifacts.ensure(artifacts.join(out, "done"), produce, kind=KIND, config=settings, inputs=inputs)
 
@@ -181,9 +204,12 @@ class _Run:
     out: str
     samples: int
     settings: dict[str, Any]
+    brief: bool = False
+    """Only train: what is logged is all that is wanted."""
 
     def __post_init__(self) -> None:
-        self.model = self.experiment.model(self.arm, self.features, self.seed)
+        self.world = World.current()
+        self.model = self.experiment.model(self.arm, self.features, self.seed).to(self.world.device)
         self.source = self._source(self.experiment.train)
         test = self.experiment.test
         self.tested = self._source(test)
@@ -197,25 +223,37 @@ class _Run:
 
     def _source(self, split: EncodedSplit) -> Scenes:
         experiment = self.experiment
-        share = experiment.config.text_first
-        return Scenes(split, experiment.phrasing, self.features, share, experiment.corpus.digest)
+        return Scenes(
+            split,
+            experiment.segments(split),
+            experiment.phrasing,
+            self.features,
+            experiment.config.text_first,
+            experiment.corpus.digest,
+            self.arm.shuffled,
+        )
 
     def write(self, writer: artifacts.Writer) -> None:
         config = self.experiment.config
         stream = Stream([self.source], config.batch, seed=self.seed)
         steps = self.samples // config.batch
-        stops = {stop // config.batch: stop for stop in (*config.stops, self.samples) if stop <= self.samples}
+        wanted = () if self.brief else (*config.stops, config.samples, self.samples)
+        stops = {stop // config.batch: stop for stop in wanted if stop <= self.samples}
+        ends = {config.samples // config.batch, steps}
+        settings = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
         folder = artifacts.join(self.out, "training")
         points = Path(self.out) / "points"
         points.mkdir(parents=True, exist_ok=True)
 
         def observe(step: int) -> None:
             file = points / f"{stops[step]:09d}.json"
-            if not file.exists():
-                found = {"samples": stops[step], **self.measured()}
-                if step == steps:
+            if not file.exists() or json.loads(file.read_text())["of"] != settings:
+                found = {"samples": stops[step], "of": settings, **self.measured()}
+                if step in ends:
                     found["final"] = self.measured_at_the_end()
-                file.write_text(json.dumps(found))
+                whole = file.with_suffix(".part")  # a kill leaves no half of a point
+                whole.write_text(json.dumps(found))
+                whole.replace(file)
 
         started = time.perf_counter()
         pretrain(
@@ -236,7 +274,7 @@ class _Run:
                 checkpoint_every=max(1, steps // 4),
             ),
             folder,
-            World.current(),
+            self.world,
             seed=self.seed,
             identity=self.settings,
             stops=sorted(stops),
@@ -252,7 +290,9 @@ class _Run:
             "log": _thinned(rows),
         }
         writer.write_json("result.json", result)
-        writer.summary.update(accuracy=result["points"][-1]["accuracy"]["all"], seconds=result["seconds"])
+        writer.summary.update(seconds=result["seconds"])
+        if result["points"]:
+            writer.summary.update(accuracy=result["points"][-1]["accuracy"]["all"])
 
     @torch.inference_mode()
     def measured(self) -> dict[str, Any]:
@@ -284,7 +324,9 @@ class _Run:
         if config.semantic != "none" and config.shift and config.branch_from is None:
             count = min(_FREE_RUN, len(self.tested))
             captions = [scene.caption for scene in self.experiment.test.scenes.scenes[:count]]
-            made = free_run(self.model, self.experiment.phrasing, self.tested.features[:count].float(), captions)
+            fitted = self.source.features[: 4 * _FREE_RUN].float()
+            given = self.tested.features[:count].float()
+            made = free_run(self.model, self.experiment.phrasing, given, captions, fitted)
             found["free_run"] = {name: getattr(made, name) for name in made.__dataclass_fields__}
         return found
 
@@ -296,20 +338,20 @@ class _Run:
 
     def _depths(self, features_IPs: Tensor) -> dict[str, Tensor]:
         """States at the visual tokens after the projector and after each layer, (I, P, d)."""
-        prefix = torch.tensor([self.experiment.phrasing.image()])
+        prefix = torch.tensor([self.experiment.phrasing.image()], device=self.model.device)
         found: dict[str, list[Tensor]] = {}
-        for part_IPs in features_IPs.float().split(256):
+        for part_IPs in features_IPs.float().to(self.model.device).split(256):
             ids = prefix.expand(len(part_IPs), -1)
             output = self.model.decode(self.model.embed(ids, part_IPs), output_hidden_states=True)
             for number, states in enumerate(output.hidden_states):
                 name = "input" if number == 0 else f"layer {number}"
-                found.setdefault(name, []).append(states[:, 1 : 1 + part_IPs.shape[1]])
+                found.setdefault(name, []).append(states[:, 1 : 1 + part_IPs.shape[1]].cpu())
         return {name: torch.cat(parts) for name, parts in found.items()}
 
     def flops(self) -> float:
         """Of one training sample, forward and backward, counted by torch on a batch."""
         samples = [self.source.load(index, index) for index in range(32)]
-        batch: Batch = collate([[sample] for sample in samples])
+        batch: Batch = collate([[sample] for sample in samples]).to(self.model.device)
         totals = {"text": 1.0, "visual": 1.0}
         with FlopCounterMode(display=False) as counter:
             loss, _ = total(self.model(**batch.arguments()), Weights(1, 1, 1), totals)
@@ -321,17 +363,25 @@ class _Run:
 def calibrated(experiment: Experiment, name: str, target: float, seed: int, out: str, samples: int) -> ObjectiveConfig:
     """The weight at which the arm's loss has a gradient in the language model of ``target`` times the text's.
 
-    From a short run at weight 1 with a seed that no other run has: the mean of the logged ratios after the ramp.
+    From a short run at weight 1 with a seed that no other run has: the median of the logged ratios of its last two
+    thirds. A loss that gives the language model no gradient keeps its weight.
+
+    Raises:
+        ValueError: the run was too short to look at a gradient.
     """
-    short = replace(
-        experiment, config=replace(experiment.config, monitor_every=20, stops=(), objective=ObjectiveConfig(ramp=0.0))
-    )
-    found = run(short, name, seed, ObjectiveConfig(ramp=0.0), out, samples).read_json("result.json")
+    arm = ARMS[name]  # type: ignore[index]
+    wanted = {"semantic": arm.semantic != "none", "pixel": arm.pixels == "inside"}
+    often = max(1, min(20, samples // experiment.config.batch // 6))
+    short = replace(experiment, config=replace(experiment.config, monitor_every=often))
+    level = replace(experiment.config.objective, semantic_weight=1.0, pixel_weight=1.0, ramp=0)
+    found = run(short, name, seed, level, out, samples, brief=True).read_json("result.json")
     ratios: dict[str, list[float]] = {}
     for row in found["log"][len(found["log"]) // 3 :]:
         for key, value in row["metrics"].items():
             if key.startswith("ratio/") and key.endswith("/all"):
                 ratios.setdefault(key.split("/")[1], []).append(value)
+    if any(needed and loss not in ratios for loss, needed in wanted.items()):
+        raise ValueError(f"{out}: {samples} samples are too few to calibrate {name}: raise --calibration-samples")
     weights = {loss: target / float(np.median(values)) for loss, values in ratios.items()}
     return replace(
         experiment.config.objective,

@@ -6,17 +6,18 @@ gradient; nothing here draws from the global generators.
 Symbols: N samples, I images, P visual tokens, s feature width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from palate.unihetero.generation import Stream, draw_embeddings, image_prefix
 from palate.unihetero.model import UniHeteroModel
 from palate.unihetero.phrasing import Phrasing
 from palate.unihetero.samples import IGNORED, Sample, Segment, collate
+
+RIDGE = 1e-3  # of the reader of free running, a sample
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ def choose(
             rows.append([phrasing.described(str(number), image, segments, encoded=encoded)])
             plans.append(plan)
         told = collate(rows).to(model.device)
-        states = model(**{**told.arguments(), "labels": None}).logits.log_softmax(-1)
-        for (row,), plan, logits_Tv in zip(rows, plans, states, strict=True):
-            scores.append(_read(row, plan, logits_Tv))
+        states_BTd = model(**{**told.arguments(), "labels": None}, logits=False).states
+        for (row,), plan, states_Td in zip(rows, plans, states_BTd, strict=True):
+            scores.append(_read(model, row, plan, states_Td))
     return scores
 
 
@@ -85,18 +86,23 @@ def _segments(phrasing: Phrasing, questions: Sequence[Asked]) -> tuple[list[Segm
     return segments, plans
 
 
-def _read(sample: Sample, plans: Sequence[_Plan], logits_Tv: Tensor) -> list[list[float]]:
+def _read(model: UniHeteroModel, sample: Sample, plans: Sequence[_Plan], states_Td: Tensor) -> list[list[float]]:
+    def told(places: list[int], tokens: list[int]) -> Tensor:
+        """Log-likelihoods of tokens, each after the state at a place; logits are made where they are read only."""
+        logits_Nv: Tensor = model.get_output_embeddings()(states_Td[places])
+        return logits_Nv.float().log_softmax(-1)[range(len(tokens)), tokens]
+
     found, place, number = [], len(sample.prefix), 0
     for plan in plans:
         scores = []
         for segment in sample.segments[number : number + plan.segments]:
             end = place + len(segment.ids)
             if plan.tokens is not None:
-                scores = logits_Tv[end - 1, list(plan.tokens)].tolist()
+                scores = told([end - 1] * len(plan.tokens), list(plan.tokens)).tolist()
             else:
                 where = [n for n, label in enumerate(segment.labels) if label != IGNORED]
                 labels = [segment.labels[n] for n in where]
-                scores.append(float(logits_Tv[[place + n - 1 for n in where], labels].sum()))
+                scores.append(float(told([place + n - 1 for n in where], labels).sum()))
             place = end
         number += plan.segments
         found.append(scores)
@@ -134,15 +140,16 @@ def without_image(samples: Sequence[Sample]) -> list[Sample]:
 
 @dataclass(frozen=True)
 class FreeRun:
-    """How free running errs, each entry over k = the steps run: the embedding of the last step against the true one, by
-    cosine and by the share of variance about each place's mean that is explained; and the loss of captions that are
-    then read from the image so made (nats a token), and from the true one."""
+    """How free running errs, each entry over k = the steps run: the share of variance about each place's mean that is
+    explained, of the true features x_s at all places that were made; and the loss of captions that are then read from
+    the image so made (nats a token). ``true_caption_loss`` is from true images, ``explained_of_true`` how well x_s is
+    read from true embeddings, which no made ones can exceed."""
 
     k: tuple[int, ...]
-    cosine: tuple[float, ...]
     explained: tuple[float, ...]
     caption_loss: tuple[float, ...]
     true_caption_loss: float
+    explained_of_true: float
 
 
 @torch.inference_mode()
@@ -151,30 +158,49 @@ def free_run(
     phrasing: Phrasing,
     features_IPs: Tensor,
     captions: Sequence[str],
+    fitted_IPs: Tensor,
     steps: Sequence[int] = (1, 4, 16, 64),
 ) -> FreeRun:
     """Free running after a caption and the true first P - k visual tokens, for each k up to P.
 
-    All is measured in the language model's input space, whatever the head predicts, so arms compare. The image so
-    made is then read by the model itself: the loss of the caption behind it, which does not see the caption before it.
+    Arms predict in spaces of their own, so what they make is compared in one, that of x_s: a linear reader from what
+    the language model takes in to x_s is fitted for each model on true images. The image so made is also read by the
+    model itself: the loss of the caption behind it, which does not see the caption before it.
+
+    Args:
+        fitted_IPs: features of other images, to fit the reader on.
     """
     tokens = model.config.image_tokens
     chosen = tuple(k for k in steps if k <= tokens)
+    features_IPs, fitted_IPs = features_IPs.to(model.device), fitted_IPs.to(model.device)
+    read = _reader(model.projector(fitted_IPs).flatten(0, 1), fitted_IPs.flatten(0, 1))
+    mean_Ps = fitted_IPs.mean(0)
     true_IPd = model.projector(features_IPs)
-    mean_Pd = true_IPd.mean(0)
-    cosine, explained, losses = [], [], []
+
+    def explained(embeddings_IPd: Tensor, first: int) -> float:
+        wanted, told = features_IPs[:, first:], read(embeddings_IPd[:, first:])
+        return 1 - float(((told - wanted) ** 2).sum() / ((wanted - mean_Ps[first:]) ** 2).sum())
+
+    shares, losses = [], []
     for k in chosen:
         made_IPd = true_IPd.clone()
         for rows, prefix in _by_length(phrasing, captions):
             start = torch.cat([image_prefix(model, prefix.to(model.device)), true_IPd[rows, : tokens - k]], dim=1)
             made_IPd[rows, tokens - k :] = draw_embeddings(Stream.begin(model, start), k)
-        last, true = made_IPd[:, -1], true_IPd[:, -1]
-        cosine.append(float(F.cosine_similarity(last, true, dim=-1).mean()))
-        explained.append(1 - float(((last - true) ** 2).sum() / ((true - mean_Pd[-1]) ** 2).sum()))
+        shares.append(explained(made_IPd, tokens - k))
         losses.append(_caption_loss(model, phrasing, made_IPd, captions))
-    return FreeRun(
-        chosen, tuple(cosine), tuple(explained), tuple(losses), _caption_loss(model, phrasing, true_IPd, captions)
-    )
+    true_loss = _caption_loss(model, phrasing, true_IPd, captions)
+    return FreeRun(chosen, tuple(shares), tuple(losses), true_loss, explained(true_IPd, 0))
+
+
+def _reader(embeddings_Nd: Tensor, features_Ns: Tensor) -> Callable[[Tensor], Tensor]:
+    """Ridge regression from embeddings to features, both standardized by their means and one deviation."""
+    given, wanted = embeddings_Nd.double(), features_Ns.double()
+    mean, scale_, target_mean = given.mean(0), given.std(), wanted.mean(0)
+    x_Nd = (given - mean) / scale_
+    gram = x_Nd.T @ x_Nd + RIDGE * len(x_Nd) * torch.eye(x_Nd.shape[1], dtype=x_Nd.dtype, device=x_Nd.device)
+    weights_ds = torch.linalg.solve(gram, x_Nd.T @ (wanted - target_mean))
+    return lambda values: (((values.double() - mean) / scale_) @ weights_ds + target_mean).float()
 
 
 def _by_length(phrasing: Phrasing, captions: Sequence[str]) -> list[tuple[list[int], Tensor]]:

@@ -15,7 +15,7 @@ from palate.corpora.captions import RawSample
 from palate.corpora.pictures import decode_image
 from palate.unihetero.phrasing import text_first
 from palate.unihetero.processing import UniHeteroProcessor
-from palate.unihetero.samples import Sample, Segment
+from palate.unihetero.samples import Sample, Segment, shortened
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Decode:
     processor: UniHeteroProcessor
     text_first: float = 0.0
     longest: int = 2048
-    """Tokens of a sample; a longer one is refused."""
+    """Tokens of a sample; a longer one is cut."""
 
     def __call__(self, raw: RawSample, seed: int) -> Sample:
         image = self.processor.pixels([decode_image(raw.image)])
@@ -42,17 +42,21 @@ class Decode:
             if not segments:
                 raise ValueError("no caption, conversation or question")
             sample = phrasing.described(raw.key, image, segments, seed=seed)
-        if sample.length > self.longest:
-            raise ValueError(f"{sample.length} tokens, more than --longest {self.longest}")
-        return sample
+        return sample if sample.length <= self.longest else shortened(sample, self.longest)
 
     def _segments(self, raw: RawSample) -> list[Segment]:
         phrasing, record = self.processor.phrasing, raw.record or {}
         found = [phrasing.caption(raw.text)] if raw.text else []
-        if turns := record.get("conversations"):
-            found.append(phrasing.conversation([(turn["from"], turn["value"]) for turn in turns]))
-        for question in record.get("questions") or []:
-            found.append(phrasing.question(question["text"], question["answer"]))
+        try:
+            if turns := record.get("conversations"):
+                found.append(phrasing.conversation([(turn["from"], turn["value"]) for turn in turns]))
+            for question in record.get("questions") or []:
+                found.append(phrasing.question(question["text"], question["answer"]))
+        except (AttributeError, KeyError, TypeError) as error:  # whatever a record may be
+            raise ValueError(
+                f"a record that is not understood ({error!r}): conversations are lists of from and value, questions of "
+                "text and answer"
+            ) from None
         return found
 
 

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from transformers import AutoProcessor
 
 from palate import artifacts, progress
@@ -69,7 +71,7 @@ class TrainConfig:
     text_first: float = 0.25
     """Share of captioned samples that are written text first, to draw."""
     longest: int = 2048
-    """Tokens of a sample; longer ones are left out, and counted."""
+    """Tokens of a sample; longer ones are cut."""
     pack: int | None = None
     """Tokens of a pack of several samples; None: each sample is a row of its own."""
     weights: tuple[float, ...] = ()
@@ -96,6 +98,8 @@ class TrainConfig:
         require_shares(self, "text_first")
         if self.weights and len(self.weights) != len(self.corpus):
             raise ValueError(f"--weights has {len(self.weights)} shares for {len(self.corpus)} corpora")
+        if self.arm == "shuffled":
+            raise ValueError("--arm shuffled is a control of the experiment (sweep), whose source draws other images")
         if (self.arm in ("pixel", "decoder")) != (self.vae is not None):
             raise ValueError(f"--vae goes with the arms pixel and decoder, and they need it; the arm is {self.arm}")
 
@@ -144,6 +148,7 @@ def pipeline(config: TrainConfig, world: World) -> Artifact:
             seed=config.seed,
             identity={"unihetero": described, "corpora": [index.digest for index in indexes.values()]},
             latents=parts.latents,
+            row=config.pack,
         )
     # Sharded weights are gathered by all ranks, and written by the first.
     weights = full_weights(parts.model)
@@ -176,13 +181,14 @@ def load_parts(config: TrainConfig, device: str) -> Parts:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)  # of the new tokens' embeddings
                 language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        patches = (vision.config.image_size // vision.config.patch_size) ** 2
-        tokens = config.image_tokens or patches
+        size = int(np.array(image_processor(images=[Image.new("RGB", (64, 64))])["pixel_values"]).shape[-1])
+        tokens = config.image_tokens or (size // vision.config.patch_size) ** 2
         processor = UniHeteroProcessor(image_processor, tokenizer, image_tokens=tokens)
         scale_of_text = float(language.get_input_embeddings().weight.detach().float().square().mean().sqrt())
         settings = UniHeteroConfig(
             text_config=language.config,
             vision_config=vision.config,
+            image_size=size,
             image_tokens=tokens,
             merge=config.merge,
             embed_scale=scale_of_text,
@@ -233,6 +239,8 @@ def _take_over(model: UniHeteroModel, before: UniHeteroModel) -> None:
     if "projector.up.weight" not in fitting:
         raise ValueError("--start is a model with another projector: --image-tokens and --merge are those of its run")
     model.load_state_dict(fitting, strict=False)
+    if model.target_projector is not None and before.target_projector is None:
+        model.target_projector.load_state_dict(model.projector.state_dict())
 
 
 def _write(

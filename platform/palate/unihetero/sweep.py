@@ -68,7 +68,7 @@ class SweepConfig:
     have it, by short runs with a seed of their own. 0: weights as given."""
     calibration_samples: int = 6_400
     """Of each short run."""
-    baseline_extra: float = 0.5
+    baseline_extra: float = 0.7
     """The baseline goes on for this share of the samples more, to be compared at equal FLOPs."""
     workers: int = scale(2)
     """Processes, of one thread each."""

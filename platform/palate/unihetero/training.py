@@ -25,7 +25,7 @@ from palate.unihetero.objectives import (
     total,
     weights_at,
 )
-from palate.unihetero.samples import Sample, collate
+from palate.unihetero.samples import Sample, collate, split
 
 # What each stage trains: the projector alone, all but the encoder, the pixel decoder alone.
 Stage = Literal["projector", "joint", "pixels"]
@@ -54,10 +54,13 @@ class PretrainConfig:
     """Share of the steps over which it rises."""
     precision: Precision = "fp32"
     """bf16: the forward pass computes in bfloat16 where that is safe."""
-    spike_sigmas: float | None = 20.0
+    spike_sigmas: float | None = scale(20.0)
     """Skip an update whose loss is so many robust deviations above the median; stop after three in a row."""
+    max_corrupt: int = scale(10_000)
+    """Stop when more samples than this could not be read."""
     average: float | None = None
-    """Keep an average of the weights over the steps, with this exponent (see ``averages``), for what is evaluated."""
+    """End with an average of the weights over the steps, with this exponent (see ``averages``), as with a constant
+    rate; None: with the last."""
     monitor_every: int = scale(0)
     """Steps between looks at the targets (collapse) and at how the losses' gradients agree, by layer; 0: none."""
     micro_batch: int = scale(16)
@@ -83,6 +86,10 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "steps", "batch", "micro_batch", "checkpoint_every", "keep")
+        if self.monitor_every and (self.stage != "joint" or self.shard or self.compile):
+            raise ValueError(
+                "--monitor-every looks at whole gradients: with --stage joint, without --shard and --compile"
+            )
 
 
 @dataclass
@@ -99,6 +106,7 @@ class Pretraining:
     observe: Callable[[int], None] | None = None
     stops: Sequence[int] = ()
     latents: Callable[[Tensor], Tensor] | None = None
+    row: int | None = None
     look: bool = False
     encoded: bool = False
     """Whether samples bring the encoder's features, which then cost nothing."""
@@ -110,6 +118,8 @@ class Pretraining:
         every = self.config.monitor_every
         self.look = bool(every) and step % every == 0
         self.weights = weights_at(step, self.config.steps, self.arm, self.objective)
+        if self.config.stage == "projector":  # a head that is not trained has nothing to say to it
+            self.weights = Weights(1.0, 0.0, 0.0)
 
     def after_step(self, step: int) -> None:
         """The averages of weights after ``step`` updates, and a look at the model where one is wanted."""
@@ -141,12 +151,13 @@ class Pretraining:
         return images * one.total
 
     def loss(self, model: nn.Module, units: Sequence[Any], totals: Mapping[str, float]) -> LossOutput:
-        batch = collate([_samples(unit) for unit in units]).to(self.device)
+        rows = [row for unit in units for row in split(_samples(unit), self.row)]
+        batch = collate(rows).to(self.device)
         arguments = batch.arguments()
         self.encoded = batch.image_features is not None
         if self.latents is not None and batch.pixel_values is not None:
             arguments["latents"] = self.latents(batch.pixel_values)
-        output = model(**arguments, shuffled=self.arm.shuffled)
+        output = model(**arguments)
         loss, metrics = total(output, self.weights, totals)
         if self.look and output.targets is not None:
             rows = len(output.targets)
@@ -162,12 +173,12 @@ class Pretraining:
         losses: dict[str, Tensor] = {"text": output.text_loss / max(1, output.text_count)}
         for name, value, weight in (
             ("semantic", output.semantic_loss, self.weights.semantic),
-            ("pixel", output.pixel_loss, self.weights.pixel),
+            ("pixel", output.pixel_loss, self.weights.pixel if self.arm.pixels == "inside" else 0.0),
         ):
-            if value is not None and weight and value.requires_grad:
+            if value is not None and weight:
                 losses[name] = value * weight / output.visual_count
         layers = {"projector": list(self.model.projector.parameters())}
-        layers |= {f"layer{n}": list(layer.parameters()) for n, layer in enumerate(self.model.decoder.layers)}
+        layers |= {f"layer{n}": list(layer.parameters()) for n, layer in enumerate(self.model.layers)}
         return gradient_alignment(losses, layers) if len(losses) > 1 else {}
 
 
@@ -208,6 +219,7 @@ def pretrain(
     stops: Sequence[int] = (),
     observe: Callable[[int], None] | None = None,
     latents: Callable[[Tensor], Tensor] | None = None,
+    row: int | None = None,
 ) -> TrainingSummary:
     """Train ``model``, which is on ``world.device``, in place; every rank calls it.
 
@@ -215,6 +227,7 @@ def pretrain(
         stops: updates after which ``observe(update)`` is called, with the averaged weights in the model if there are
             any; a run that starts again may call it again for what it repeats.
         latents: makes latent tokens (I, P, c) of pixel values, where samples do not bring them.
+        row: tokens of a row, at most: packs are planned by estimated lengths, and split where they turn out longer.
 
     Raises:
         TrainingStopped: a guard ended the run, with the ids of the samples.
@@ -223,7 +236,7 @@ def pretrain(
     trained = {id(p) for _, members in parameters(model, config.stage) for _, p in members}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
-    blocks = [*model.decoder.layers, *(model.branch.layers if model.branch is not None else [])]
+    blocks = [*model.layers, *(model.branch.layers if model.branch is not None else [])]
     if config.checkpoint_activations:
         parallel.checkpoint_activations(blocks)
     if config.compile:
@@ -233,7 +246,7 @@ def pretrain(
         parallel.shard(model, blocks, world, config.precision)
     members = [pair for _, pairs in parameters(model, config.stage) for pair in pairs]
     average = None if config.average is None else Average(members, config.average)
-    run = Pretraining(model, arm, objective, config, world.device, average, observe, stops, latents)
+    run = Pretraining(model, arm, objective, config, world.device, average, observe, stops, latents, row)
     groups = [
         Group(name, members, config.learning_rate, config.weight_decay, config.clip_norm)
         for name, members in parameters(model, config.stage)
@@ -247,7 +260,9 @@ def pretrain(
         schedule=config.schedule,
         warmup_ratio=config.warmup_ratio,
         precision=config.precision,
-        spike_sigmas=config.spike_sigmas,
+        # A curriculum's loss jumps where the text's comes in.
+        spike_sigmas=None if arm.generation_first else config.spike_sigmas,
+        max_corrupt=config.max_corrupt,
         micro_batch=config.micro_batch,
         checkpoint_every=config.checkpoint_every,
         keep=config.keep,
@@ -272,6 +287,8 @@ def pretrain(
         peak_flops=None if config.peak_tflops is None else config.peak_tflops * 1e12,
     )
     run.after_step(config.steps)
+    if average is not None and observe is None:
+        average.put()
     return summary
 
 
