@@ -1,6 +1,7 @@
 import base64
 import dataclasses
 import io
+import itertools
 import json
 import tarfile
 from collections import Counter
@@ -301,6 +302,71 @@ def test_garbage_inside_a_tar_is_no_end_of_it(tmp_path):
     made = run(tmp_path, max_quarantined=1)
     assert keys(made) == ["0", "1"]
     assert "no header of a member at byte" in made.read_json("data_card.json")["inputs"][0]["damage"]
+
+
+def header_at(content: bytes, offset: int, **changed) -> bytes:
+    """The content with another size in a header; in base-256, as GNU tar writes what octal digits cannot say."""
+    header = bytearray(content[offset : offset + 512])
+    header[124:136] = changed["size"].to_bytes(12, "big", signed=True)
+    header[124] |= 0x80
+    header[156:157] = changed.get("kind", bytes(header[156:157]))
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return content[:offset] + bytes(header) + content[offset + 512 :]
+
+
+@pytest.mark.parametrize(("member", "kept"), [("0.jpg", 0), ("2.jpg", 2)])
+@pytest.mark.parametrize("size", [-512, -100, -(1 << 40), 1 << 62])
+@pytest.mark.parametrize("kind", [b"0", b"L", b"x"])
+def test_a_tar_whose_header_leads_back_or_away_is_damaged(tmp_path, member, kept, size, kind):
+    """Not read for ever, nor whole into memory."""
+    content = tar_bytes([sample(str(n), jpeg(n), f"text {n}") for n in range(4)])
+    path = tmp_path / "0.tar"
+    path.write_bytes(header_at(content, cut_at(content, member) - 512, size=size, kind=kind))
+    found: list[image_text.Found] = []
+    with pytest.raises(image_text.Damaged):
+        found += itertools.islice(image_text.read_tar(path), 9)
+    assert [one.key for one in found if one.reason is None] == ["0", "1"][:kept]
+
+
+@pytest.mark.parametrize(
+    ("member", "shift", "kept", "cut"),
+    [
+        ("2.jpg", -512, 2, 0),  # between samples
+        ("2.jpg", 100, 2, 1),  # inside an image
+        ("2.txt", 1, 2, 1),  # inside a caption
+        ("2.txt", -512, 2, 1),  # between the members of one sample
+        ("2.txt", 512, 3, 0),
+    ],
+)
+def test_zeros_where_a_download_broke_off_are_no_end_of_a_tar(tmp_path, member, shift, kept, cut):
+    content = tar_bytes([sample(str(n), jpeg(n, (200, 200)), f"text {n}") for n in range(8)])
+    whole = cut_at(content, member) + shift
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.tar").write_bytes(content[:whole] + bytes(len(content) - whole))
+    with pytest.raises(CorpusError, match=r"1 of 1 shards are damaged, .*nothing but zeros from byte"):
+        run(tmp_path, max_quarantined=0.4)
+    made = run(tmp_path, max_quarantined=1)
+    assert keys(made) == ["0", "1", "2"][:kept]
+    assert reasons(made).get(image_text.CUT_OFF, 0) == cut
+
+
+def test_a_tar_behind_a_tar_is_not_left_out_in_silence(tmp_path):
+    first, second = (tar_bytes([sample(str(n), jpeg(n), "text") for n in some]) for some in ((0, 1), (2, 3)))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.tar").write_bytes(first + second)
+    made = run(tmp_path, max_quarantined=1)
+    assert keys(made) == ["0", "1"]
+    assert "more behind the block that ends it" in made.read_json("data_card.json")["inputs"][0]["damage"]
+
+
+@pytest.mark.parametrize("record", [512, 10240, 1 << 16, 1 << 20])
+def test_a_tar_may_be_filled_up_to_its_last_record(tmp_path, record):
+    content = tar_bytes([sample("a", jpeg(0), "one")]).rstrip(b"\0")
+    content += bytes(-len(content) % 512 + 1024)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.tar").write_bytes(content + bytes(-len(content) % record))
+    assert run(tmp_path, max_quarantined=0).summary["damaged_shards"] == 0
 
 
 @pytest.mark.parametrize(("name", "content"), [("b.tar", b"<html>"), ("b.tar", b""), ("b.parquet", b"PAR1no")])

@@ -11,6 +11,7 @@ the reason. Memory: a sample, or ``PARQUET_ROWS`` rows of a Parquet file.
 import codecs
 import hashlib
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,6 +33,7 @@ SUFFIXES: dict[str, FormatName] = {".tar": "tar", ".parquet": "parquet", ".json"
 IMAGES = ("jpg", "jpeg", "png", "webp")  # members of a tar, in the order in which one is taken
 PARQUET_ROWS = 32
 MAX_BYTES = 1 << 28  # of one member, cell or file: more is no photograph
+MAX_HEADER = 1 << 20  # of a tar: of names and PAX fields, and of the record that its end is filled up to
 
 # The columns that published data sets have, the first that is there counts.
 IMAGE_COLUMNS = ("jpg", "image", "bytes", "jpeg", "png", "webp", "image_bytes", "img")
@@ -50,7 +52,12 @@ NOT_ONE_IMAGE = "a record without an image, or with several"
 
 
 class Damaged(Exception):
-    """The rest of a shard cannot be read; the message says why."""
+    """The rest of a shard cannot be read; the message says why. ``blank``: what precedes may have lost its end, too,
+    to zeros."""
+
+    def __init__(self, message: str, *, blank: bool = False) -> None:
+        super().__init__(message)
+        self.blank = blank
 
 
 @dataclass(frozen=True)
@@ -203,9 +210,12 @@ def read_tar(file: Path) -> Iterator[Found]:
                 group.append(_Member(split[1], member.offset_data, member.size))
                 if member.offset_data + member.size > size:
                     raise Damaged(f"it ends inside {name}, at byte {size}")
-        except Damaged:
+        except Damaged as damage:
             # The sample before the cut may lack members that lay behind it: compare with the one before.
             inside = bool(group) and group[-1].offset + group[-1].size > size
+            if group and damage.blank and group[-1].size and not inside:
+                stream.seek(group[-1].offset + group[-1].size - 1)
+                inside = stream.read(1) == b"\0"
             if group and not inside and {one.suffix for one in group} == {one.suffix for one in before}:
                 yield _tar_sample(stream, key, group)
             elif group:
@@ -224,16 +234,31 @@ def split_name(name: str) -> tuple[str, str] | None:
     return folder + slash + stem, suffix.lower()
 
 
+class _Headers:
+    """A tar's stream for its headers: ``tarfile`` reads as much as a header says, were it less than nothing."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.seek, self.tell, self._stream = stream.seek, stream.tell, stream
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_HEADER:
+            raise tarfile.HeaderError(f"a header of {size} bytes")
+        return self._stream.read(size)
+
+
 def _members(stream: IO[bytes]) -> Iterator[tuple[str, tarfile.TarInfo]]:
     """The regular files of a tar, up to the block that ends it. (``TarFile.next`` takes what is no header for an end.)
 
     Raises:
-        Damaged: there is no such block.
+        Damaged: there is no such block, or more behind it than fills the last record.
     """
+    broken = (tarfile.TarError, ValueError, OverflowError, RecursionError)
     try:
         # Opening reads the first header.
-        tar = tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="replace")  # noqa: SIM115
-    except tarfile.ReadError as error:
+        tar = tarfile.open(  # noqa: SIM115
+            fileobj=cast(IO[bytes], _Headers(stream)), mode="r:", encoding="utf-8", errors="replace"
+        )
+    except broken as error:
         raise Damaged(f"no tar file that can be read ({error})") from None
     offset = 0
     while True:
@@ -241,12 +266,33 @@ def _members(stream: IO[bytes]) -> Iterator[tuple[str, tarfile.TarInfo]]:
         try:
             member = tarfile.TarInfo.fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            _require_end(stream, offset)
             return
-        except (tarfile.HeaderError, ValueError) as error:
+        except broken as error:
             raise Damaged(f"found no header of a member at byte {offset} ({error})") from None
+        if member.size < 0 or tar.offset <= offset:
+            raise Damaged(f"found a member of {member.size} bytes at byte {offset}")
         offset = tar.offset
         if member.isreg():
             yield member.name, member
+
+
+def _require_end(stream: IO[bytes], offset: int) -> None:
+    """Look whether a tar ends with the block of zeros at ``offset``: a file that was made in its full length and not
+    filled, or one tar behind another, has such a block, too.
+
+    Raises:
+        Damaged: it goes on.
+    """
+    size = stream.seek(0, os.SEEK_END)
+    # Two blocks end a tar, and zeros fill the last record: of 10 KiB, or, with tar -b, of what divides the size.
+    record = max(tarfile.RECORDSIZE, min(size & -size, MAX_HEADER))
+    stream.seek(offset)
+    while block := stream.read(_BLOCK):
+        if block.strip(b"\0"):
+            raise Damaged(f"there is more behind the block that ends it, at byte {offset}", blank=True)
+    if size - offset >= record + 2 * tarfile.BLOCKSIZE:
+        raise Damaged(f"nothing but zeros from byte {offset} to its end, at byte {size}", blank=True)
 
 
 def _tar_sample(stream: IO[bytes], key: str, members: Sequence[_Member]) -> Found:
