@@ -151,8 +151,7 @@ class Pretraining:
         return images * one.total
 
     def loss(self, model: nn.Module, units: Sequence[Any], totals: Mapping[str, float]) -> LossOutput:
-        rows = [row for unit in units for row in split(_samples(unit), self.row)]
-        batch = collate(rows).to(self.device)
+        batch = collate([row for unit in units for row in split(_samples(unit), self.row)]).to(self.device)
         arguments = batch.arguments()
         self.encoded = batch.image_features is not None
         if self.latents is not None and batch.pixel_values is not None:
