@@ -588,6 +588,29 @@ def test_a_list_of_images_in_a_tsv_is_several(tmp_path):
     assert keys(run(tmp_path, evaluation=(str(tmp_path / "x.tsv"),))) == ["0", "3"]
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_images_of_a_tsv_may_be_wrapped_into_lines(tmp_path, listed):
+    images = [base64.encodebytes(jpeg(n)).decode() for n in (1, 2)]
+    cells = [repr(images)] if listed else images
+    rows = [f'{n}\t"{cell}"\n' for n, cell in enumerate(cells)]
+    (tmp_path / "x.tsv").write_text("index\timage\n" + "".join(rows))
+    write_tar(tmp_path / "in" / "0.tar", [sample(str(n), jpeg(n), "caption") for n in range(4)])
+    made = run(tmp_path, evaluation=(str(tmp_path / "x.tsv"),), max_quarantined=0, evaluation_distance=0)
+    assert keys(made) == ["0", "3"]
+    assert made.read_json("data_card.json")["evaluation"][0]["images"] == 2
+
+
+def test_many_broken_evaluation_images_stop_the_job(tmp_path):
+    images = [base64.b64encode(jpeg(n)[: -300 if n % 2 else None]).decode() for n in range(4)]
+    (tmp_path / "x.tsv").write_text("index\timage\n" + "".join(f"{n}\t{one}\n" for n, one in enumerate(images)))
+    write_tar(tmp_path / "in" / "0.tar", [sample(str(n), jpeg(n + 2), "caption") for n in range(4)])
+    message = r"x\.tsv: 2 of 4 images cannot be decoded, more than --max-quarantined 0\.05: samples that show"
+    with pytest.raises(CorpusError, match=message):
+        run(tmp_path, evaluation=(str(tmp_path / "x.tsv"),))
+    made = run(tmp_path, evaluation=(str(tmp_path / "x.tsv"),), max_quarantined=0.5)
+    assert made.read_json("data_card.json")["evaluation"][0]["broken"] == 2
+
+
 def test_evaluation_images_that_cannot_be_used_are_said(tmp_path):
     write_tar(tmp_path / "in" / "0.tar", [sample("0", jpeg(0), "caption")])
     (tmp_path / "x.tsv").write_text("index\timage_path\n0\tx.jpg\n")

@@ -355,7 +355,7 @@ class _Tasks:
         url = self.evaluation[number]
 
         def produce(writer: artifacts.Writer) -> None:
-            table, broken = contamination.hashes(url, self.config.max_pixels)
+            table, broken = contamination.hashes(url, self.config.max_pixels, self.config.max_quarantined)
             pq.write_table(table, writer.folder / "hashes.parquet")
             with image_text.local_file(url) as file:
                 digest = image_text.sha256_of(file)

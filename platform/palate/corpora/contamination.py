@@ -26,6 +26,7 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TABLES = (".parquet", ".tsv")
 _TSV_IMAGE = re.compile(r"image(_?\d+)?")
 _BASE64 = re.compile(r"[A-Za-z0-9+/=]{65,}")  # shorter ones are indices of rows
+_WRAPPED = re.compile(r"\s|\\[nrt]")  # Base64 may be in lines of 76 characters; in a list they are escaped
 BLOCK = 256  # samples that are compared with all evaluation images at once
 
 HASHES = pa.schema(
@@ -101,7 +102,7 @@ def _tsv_images(url: str) -> Iterator[tuple[str, bytes]]:
             )
         for row, record in enumerate(reader):
             for name in names:
-                for number, text in enumerate(_BASE64.findall(record[name] or "")):
+                for number, text in enumerate(_BASE64.findall(_WRAPPED.sub("", record[name] or ""))):
                     identity = f"{url}:{record.get('index') or row}:{name}:{number}"
                     yield identity, _decoded(text)
 
@@ -114,11 +115,11 @@ def _decoded(text: str) -> bytes:
         return b""
 
 
-def hashes(url: str, max_pixels: int) -> tuple[pa.Table, int]:
+def hashes(url: str, max_pixels: int, most_broken: float) -> tuple[pa.Table, int]:
     """``HASHES`` of the images of a file, and how many could not be decoded.
 
     Raises:
-        CorpusError: none could.
+        CorpusError: none could, or a larger share than ``most_broken`` could not: they would not be kept out.
     """
     rows, broken = [], 0
     for identity, content in images(url):
@@ -129,6 +130,11 @@ def hashes(url: str, max_pixels: int) -> tuple[pa.Table, int]:
         rows.append({"id": identity, "sha256": hashlib.sha256(content).digest(), "hash": found})
     if broken == len(rows):
         raise CorpusError(f"--evaluation {url}: none of its {broken} images can be decoded: check the file")
+    if broken > most_broken * len(rows):
+        raise CorpusError(
+            f"--evaluation {url}: {broken} of {len(rows)} images cannot be decoded, more than --max-quarantined "
+            f"{most_broken:g}: samples that show them would be kept. Check the file, or raise the limit"
+        )
     return pa.Table.from_pylist(rows, schema=HASHES), broken
 
 
