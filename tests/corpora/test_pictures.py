@@ -3,9 +3,10 @@
 import io
 
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
-from palate.corpora.pictures import decode_image
+from palate.corpora.pictures import DECODED, decode_image, image_size
+from toy_captions import encoded, picture
 
 
 def test_images_are_decoded_as_people_see_them() -> None:
@@ -26,3 +27,17 @@ def test_images_are_decoded_as_people_see_them() -> None:
         assert (seen.mode, seen.getpixel((1, 1))) == ("RGB", (255, 255, 255))
     with pytest.raises(ValueError, match="not an image"):
         decode_image(b"\x89PNG")
+
+
+def test_only_the_formats_of_photographs_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others come from people nobody knows, and EPS is a program, which Pillow hands to Ghostscript."""
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: started.append(1))
+    for form in ("EPS", "PPM", "PCX"):
+        for opened in (decode_image, image_size):
+            with pytest.raises(ValueError, match="not an image that can be decoded"):
+                opened(encoded(picture(0), form))
+    assert not started
+    for form in (*DECODED, "MPO"):  # MPO is what some cameras call JPEG
+        assert decode_image(encoded(picture(0), form)).size == (48, 40)
+        assert image_size(encoded(picture(0), form)) == (48, 40)

@@ -56,6 +56,14 @@ def test_a_published_file_is_read(tmp_path: Path) -> None:
     assert (third.options, third.answer, third.hint) == (("N/A", "None"), 1, "")
 
 
+@pytest.mark.parametrize("form", ["EPS", "PPM"])
+def test_images_that_are_no_photographs_are_refused(tmp_path: Path, form: str) -> None:
+    """EPS is a program, which Pillow would hand to Ghostscript."""
+    image = base64.b64encode(picture("red", form=form)).decode()
+    with pytest.raises(CorpusError, match=r"row 1 \(index 0\), column 'image': not an image"):
+        questions.read_tsv(published(tmp_path / "x.tsv", [row(image=image)]))
+
+
 def test_an_image_cell_may_be_the_index_of_another_row(tmp_path: Path) -> None:
     # Circular questions: the options go round, the image is that of the first; a reference may come before its image.
     path = published(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from palate.corpora.pictures import DECODED as DECODED
 from palate.corpora.pictures import as_seen
 
 BITS = 64
@@ -35,10 +36,6 @@ Interval = tuple[int, int]  # of bits: the lowest, and how many
 
 _ANGLES = np.pi * np.outer(np.arange(FREQUENCIES), 2 * np.arange(SIDE) + 1) / (2 * SIDE)
 _COSINES = 2 * np.cos(_ANGLES)  # (8, 32): the type-II DCT's lowest frequencies
-
-
-# What is decoded: Pillow's other formats are no photographs, and some start other programs.
-DECODED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 class TooManyPixels(ValueError):

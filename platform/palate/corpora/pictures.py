@@ -20,17 +20,20 @@ Mode = Literal["reference", "embed", "skip"]
 
 CORRUPT, UNKNOWN = "an image that cannot be decoded", "an unknown image"
 
+# What is decoded: Pillow's other formats are no photographs, and some start other programs.
+DECODED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
 COLLECTED = pa.schema([*IMAGES, pa.field("row", pa.int64(), nullable=False)])  # where it was met first
 
 
 def image_size(content: bytes) -> tuple[int, int]:
-    """Width and height of an encoded image that decodes whole.
+    """Width and height of an encoded image, of one of ``DECODED``, that decodes whole.
 
     Raises:
         ValueError: it does not.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=DECODED) as image:
             image.load()
             return image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -49,10 +52,10 @@ def decode_image(content: bytes) -> Image.Image:
     """An encoded image as people see it: upright, in RGB, over white where it is transparent.
 
     Raises:
-        ValueError: the bytes are no image that can be decoded whole.
+        ValueError: the bytes are no image of one of ``DECODED`` that can be decoded whole.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=DECODED) as image:
             return as_seen(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"not an image that can be decoded: {error}") from None

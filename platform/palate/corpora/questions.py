@@ -19,6 +19,7 @@ from typing import IO
 from PIL import Image
 
 from palate.artifacts import is_local, locate
+from palate.corpora.pictures import DECODED
 from palate.corpora.streams import CorpusError, opened
 
 YES_NO: tuple[str, ...] = ("Yes", "No")
@@ -183,9 +184,9 @@ def _image(cells: Mapping[str, str], where: str, root: str) -> bytes | str:
 
 
 def _opened(content: bytes, where: str) -> bytes:
-    """The content, which begins as an image does; pixels are decoded by who uses them."""
+    """The content, which begins as an image of one of ``DECODED`` does; pixels are decoded by who uses them."""
     try:
-        with Image.open(io.BytesIO(content)):
+        with Image.open(io.BytesIO(content), formats=DECODED):
             return content
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CorpusError(f"{where}: not an image: {str(error).partition(' <')[0]}") from None
