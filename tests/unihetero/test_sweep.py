@@ -87,7 +87,7 @@ def test_free_running_is_measured_in_one_space(finished):
             free = one["points"][-1]["final"]["free_run"]
             assert len(free["explained"]) == len(free["caption_loss"]) == 3
             assert free["explained_of_true"] > max(free["explained"])
-            assert free["explained_of_true"] > 0.9
+            assert free["explained_of_true"] > 0.8
 
 
 def test_a_longer_run_goes_on_from_a_shorter_one(settings, finished, tmp_path):
