@@ -256,12 +256,14 @@ def markdown(found: Findings) -> str:
     rows = [["arm", *names]] + [[arm, *(_shown(by[name]) for name in names)] for arm, by in found.probes.items()]
     lines += _table(rows)
     lines += ["", "## How the gradients agree in the language model", ""]
-    rows = [["arm", "loss", "ratio of norms", "cosine"]]
+    logged = [row["metrics"] for curves in found.curves.values() for one in curves.runs for row in one["log"]]
+    layers = list(dict.fromkeys(name.split("/")[2] for row in logged for name in row if name.startswith("ratio/")))
+    rows = [["arm", "loss, ratio of norms and cosine", *layers]]
     for arm, curves in found.curves.items():
         for loss in ("semantic", "pixel"):
-            pair = [_logged(curves, f"{what}/{loss}/all") for what in ("ratio", "cosine")]
-            if pair[0] is not None and pair[1] is not None:
-                rows.append([arm, loss, f"{pair[0]:.3f}", f"{pair[1]:+.3f}"])
+            pairs = [[_logged(curves, f"{what}/{loss}/{layer}") for what in ("ratio", "cosine")] for layer in layers]
+            if any(None not in pair for pair in pairs):
+                rows.append([arm, loss, *("" if None in pair else "{:.3f}, {:+.3f}".format(*pair) for pair in pairs)])
     return "\n".join([*lines, *_table(rows), ""])
 
 

@@ -8,9 +8,12 @@ Runs are independent, so a sweep that was stopped goes on with those that are no
 added.
 """
 
+import ctypes
 import json
 import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -131,13 +134,14 @@ def read_runs(out: str) -> list[dict[str, Any]]:
     """The results of all finished runs of an experiment.
 
     Raises:
-        ArtifactMismatch: two runs of a seed did not see the same data.
+        ArtifactMismatch: two runs were made from other corpora or parts, or two of a seed did not see the same data.
     """
-    found = []
-    for folder in artifacts.folders(artifacts.join(out, "runs")):
-        done = artifacts.join(folder, "done")
-        if artifacts.exists(done):
-            found.append(artifacts.open_artifact(done, KIND).read_json("result.json"))
+    places = [artifacts.join(folder, "done") for folder in artifacts.folders(artifacts.join(out, "runs"))]
+    made = [artifacts.open_artifact(place, KIND) for place in places if artifacts.exists(place)]
+    for one in made:
+        if one.inputs != made[0].inputs:
+            raise ArtifactMismatch(f"{one.url} and {made[0].url} were made from other data: run both anew on the same")
+    found = [one.read_json("result.json") for one in made]
     check_same_data(found)
     return found
 
@@ -179,6 +183,9 @@ def _spread(config: SweepConfig, work: Sequence[tuple[Any, ...]]) -> list[Any]:
 def _one_thread() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    if sys.platform == "linux":  # end with the sweep, however it ends: two writers of one run must not be
+        set_death_signal = 1
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 @lru_cache(maxsize=1)
