@@ -137,7 +137,7 @@ def test_remote_shards_are_near_before_they_are_needed(tmp_path, s3_url):
     stream = Stream([images], 6, window=6)
     taken = steps(stream, 3, steps=2, readers=2)
     assert sorted(item.value for step in taken for item in step.loaded) == sorted(item[1] for item in items)
-    assert len(list((tmp_path / "cache").glob("*.*"))) == 3
+    assert len(list((tmp_path / "cache").rglob("*.shard"))) == 3
 
 
 def train(folder, source, pause=0.0, **config):

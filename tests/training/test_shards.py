@@ -32,7 +32,7 @@ def source(tmp_path, index, decode=raw, max_bytes=1 << 30, **options):
 
 
 def cached(tmp_path):
-    return sorted(path for path in (tmp_path / "cache").iterdir() if path.is_file())
+    return sorted(path for path in (tmp_path / "cache" / shards.OWN).iterdir() if path.is_file())
 
 
 def test_each_format_gives_its_samples(tmp_path):
@@ -180,8 +180,44 @@ def test_of_a_damaged_parquet_shard_the_rows_that_were_indexed_are_there(tmp_pat
     images = source(tmp_path, toy.write_index(tmp_path / "index", [(path, "parquet", rows[:64])]))
     assert (images.load(63, 0).image, images.load(63, 0).text) == (items[63][1], "é")
     beyond = source(tmp_path, toy.write_index(tmp_path / "beyond", [(path, "parquet", rows)]))
-    with pytest.raises(IndexMismatch, match="it has no row 64"):
-        beyond.load(64, 0)
+    for place in (64, 0):
+        with pytest.raises(IndexMismatch, match="it has no row 95"):
+            beyond.load(place, 0)
+
+
+@pytest.mark.parametrize("error", [pa.ArrowMemoryError("malloc of size 64 failed"), OSError(5, "Input/output error")])
+def test_what_cannot_be_read_now_is_no_end_of_a_shard(tmp_path, monkeypatch, error):
+    """Else a short file would be kept under the hash of the whole one."""
+    path, items = tmp_path / "0.parquet", toy.samples(0, 96)
+    rows = toy.write_parquet(path, items, group=32)
+    whole = toy.write_index(tmp_path / "index", [(path, "parquet", rows)])
+    first = toy.write_index(tmp_path / "first", [(path, "parquet", rows[:32])])
+    read, failing = pq.ParquetFile.iter_batches, [True]
+
+    def iter_batches(file, *arguments, **options):
+        for number, batch in enumerate(read(file, *arguments, **options)):
+            if number == 1 and failing:
+                raise error
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
+    with pytest.raises(type(error), match=r"malloc|Input"):
+        source(tmp_path, whole).load(0, 0)
+    assert cached(tmp_path) == []
+    assert source(tmp_path, first).load(31, 0).image == items[31][1]  # all that this index needs
+    failing.clear()
+    again = source(tmp_path, whole)
+    assert [again.load(place, 0).image for place in (95, 0)] == [items[95][1], items[0][1]]
+
+
+def test_an_unpacked_file_that_is_shorter_than_the_shard_is_not_kept(tmp_path, monkeypatch):
+    path, items = tmp_path / "0.parquet", toy.samples(0, 96)
+    index = toy.write_index(tmp_path / "index", [(path, "parquet", toy.write_parquet(path, items))])
+    read = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *given, **options: iter([next(read(*given, **options))]))
+    with pytest.raises(IndexMismatch, match="it has no row 95, but 32 rows"):
+        source(tmp_path, index).load(0, 0)
+    assert cached(tmp_path) == []
 
 
 def test_a_caption_that_is_not_utf8_is_a_corrupt_sample_and_no_more(tmp_path):
@@ -235,7 +271,7 @@ def test_remote_shards_are_fetched_once_and_bounded(tmp_path, s3_url, caplog):
     images = source(tmp_path, index)
     assert [images.load(place, 0).image for place in range(18)] == [item[1] for item in items]
     assert len(cached(tmp_path)) == 3
-    assert not [path for path in cached(tmp_path) if path.suffix == ".parquet"]  # only its unpacked form is kept
+    assert not [path for path in cached(tmp_path) if ".parquet" in path.name]  # only its unpacked form is kept
     artifacts.locate(s3_url)[0].rm(s3_url, recursive=True)
     again = source(tmp_path, index)
     assert [again.load(place, 0).image for place in range(18)] == [item[1] for item in items]
@@ -303,7 +339,7 @@ def test_many_threads_make_a_file_once_and_stay_below_the_bound(tmp_path):
             found = cache.open(name, 300, name, make(name))
             if found.read(0, 300) != name.encode() * 300:
                 failures.append(name)
-            if len(there := set("abcdef").intersection(os.listdir(tmp_path / "cache"))) > 3:  # noqa: PTH208
+            if len(there := [path for path in cached(tmp_path) if path.suffix == ".shard"]) > 3:
                 failures.append(str(there))
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
@@ -346,19 +382,19 @@ def test_what_a_killed_process_left_is_neither_read_nor_counted(tmp_path, name):
     worker.stdout.close()
     found = Cache(tmp_path / "cache", 1000).open(name, 800, "it", lambda path: path.write_bytes(b"whole" * 160))
     assert found.read(0, 800) == b"whole" * 160
-    assert [path.name for path in cached(tmp_path)] == [name]
+    assert [path.name for path in cached(tmp_path)] == [f"{name}.shard"]
 
 
 def test_a_file_that_another_process_is_writing_is_waited_for(tmp_path):
     cache = Cache(tmp_path / "cache", 1000)
-    with (tmp_path / "cache/locks" / shards._stripe("name")).open("w") as lock:
+    with (cache.folder / "locks/name").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # as the other process would
         found = []
         thread = threading.Thread(
             target=lambda: found.append(cache.open("name", 4, "it", lambda p: p.write_bytes(b"mine")))
         )
         thread.start()
-        (tmp_path / "cache/name").write_bytes(b"hers")
+        (cache.folder / "name.shard").write_bytes(b"hers")
     thread.join()
     assert found[0].read(0, 4) in (b"hers",)
 
@@ -371,6 +407,105 @@ def test_failure_leaves_nothing_in_the_cache(tmp_path):
     with pytest.raises(ConnectionError):
         Cache(tmp_path / "cache", 1000).open("name", 10, "it", make)
     assert cached(tmp_path) == []
+
+
+def test_a_file_made_while_another_is_has_a_lock_of_its_own(tmp_path):
+    """Of 300 names some would share one of 256 locks, and wait for themselves."""
+    cache = Cache(tmp_path / "cache", 1 << 20)
+
+    def nested(names):
+        if names:
+            with cache._locked(names[0], wait=False) as mine:
+                assert mine
+                nested(names[1:])
+
+    nested([f"{number:03d}" for number in range(300)])
+
+
+def test_a_remote_parquet_shard_needs_room_for_both_its_forms_at_once(tmp_path, s3_url):
+    index, items = toy.remote(tmp_path, s3_url, formats=("parquet",))
+    bytes_ = (tmp_path / "0.parquet").stat().st_size
+    images = source(tmp_path, index)
+    unpacked = shards._unpacked_size(images._shards[0], images._columns)
+    with pytest.raises(CacheTooSmall, match="raise --cache-gb"):  # each alone would fit
+        source(tmp_path, index, max_bytes=bytes_ + unpacked - 1).load(0, 0)
+    assert source(tmp_path, index, max_bytes=bytes_ + unpacked).load(0, 0).image == items[0][1]
+    assert len(cached(tmp_path)) == 1
+
+
+def test_many_threads_unpack_remote_parquet_shards_in_a_cache_with_room_for_one(tmp_path, s3_url):
+    index, items = toy.remote(tmp_path, s3_url, formats=("parquet",) * 3)
+    images = source(tmp_path, index)
+    room = max(shards._unpacked_size(shard, images._columns) + shard.bytes for shard in images._shards)
+    images = source(tmp_path, index, max_bytes=room)
+    found = {}
+    threads = [
+        threading.Thread(target=lambda place=place: found.update({place: images.load(place, 0).image}), daemon=True)
+        for place in (0, 6, 12, 1, 7, 13)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert found == {place: items[place][1] for place in (0, 6, 12, 1, 7, 13)}
+
+
+def test_a_wait_for_room_ends_when_those_who_write_do_not_get_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "PATIENCE", 0.1)
+    cache = Cache(tmp_path / "cache", 1000)
+    with cache._locked("hung"):
+        (cache.folder / "hung.900.part").touch()
+        with pytest.raises(TimeoutError, match=r"it takes .* has no room: .* \(hung.900.part\)"):
+            cache.open("name", 200, "it", lambda path: path.write_bytes(b"mine"))
+    assert cache.open("name", 200, "it", lambda path: path.write_bytes(b"mine")).read(0, 4) == b"mine"
+
+
+def test_what_became_larger_than_there_is_room_for_is_made_again_in_its_turn(tmp_path):
+    cache, sizes = Cache(tmp_path / "cache", 1000), []
+    with cache._locked("other"):
+        other = cache.folder / "other.700.part"
+        other.touch()
+
+        def make(path):
+            sizes.append(path.name)
+            path.write_bytes(b"x" * 400)
+            if len(sizes) == 1:
+                threading.Timer(0.2, other.unlink).start()
+
+        assert cache.open("name", 100, "it", make).size == 400
+    assert sizes == ["name.100.part", "name.400.part"]
+    assert [path.name for path in cached(tmp_path)] == ["name.shard"]
+
+
+def test_files_of_others_in_the_folder_stay_and_do_not_count(tmp_path):
+    (tmp_path / "cache").mkdir()
+    for name in ("photograph.jpg", "film.part", "x.900.part", "old.shard"):
+        (tmp_path / "cache" / name).write_bytes(b"precious" * 100)
+    cache = Cache(tmp_path / "cache", 1000)
+    (cache.folder / "notes.txt").write_bytes(b"precious")
+    for name in "abc":
+        cache.open(name, 900, name, lambda path: path.write_bytes(b"x" * 900))
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir() if path.is_file()) == [
+        "film.part",
+        "old.shard",
+        "photograph.jpg",
+        "x.900.part",
+    ]
+    assert [path.name for path in cached(tmp_path)] == ["c.shard", "notes.txt"]
+
+
+def test_the_room_of_an_unpacked_shard_is_known_before(tmp_path):
+    """Compressed much, as metadata say; the file's own size says little."""
+    path, items = tmp_path / "0.parquet", [(f"{n}", b"\0" * 9_000 + bytes([n]), "é" * n) for n in range(100)]
+    for nested in (True, False):
+        index = toy.write_index(
+            tmp_path / f"index{nested}", [(path, "parquet", toy.write_parquet(path, items, nested, 40))]
+        )
+        images = source(tmp_path / str(nested), index)
+        assert images.load(99, 0).image == items[99][1]
+        size = cached(tmp_path / str(nested))[0].stat().st_size
+        assert path.stat().st_size * 5 < size
+        assert size <= shards._unpacked_size(images._shards[0], images._columns) <= 1.1 * size
 
 
 def test_an_index_in_object_storage_is_read_shard_by_shard(tmp_path, s3_url):

@@ -19,7 +19,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -37,7 +37,9 @@ from palate.corpora.image_text import PARQUET_ROWS
 from palate.training.stream import CorruptSample
 
 HANDLES = 256  # shards, and index files, that are kept open
-STRIPES = 256  # lock files; two shards may share one
+OWN = "palate-shards"  # the cache's folder inside the one that is named
+KEPT, HALF = ".shard", ".part"  # what its files end with, whole and while they are written
+PATIENCE = 1800  # seconds that others may fill the cache with files that do not grow
 TRIES = 3  # to reach object storage, before the run is stopped
 BLOCK = 512  # of a tar
 
@@ -104,64 +106,73 @@ class Descriptor:
 class Cache:
     """Files of at most ``max_bytes`` in all, the least recently used of which make room for new ones.
 
-    Shared by all threads and processes of a node that name the same folder; the locks need a local disk.
+    Shared by all threads and processes of a node that name the same folder; the locks need a local disk. The files are
+    in a folder of their own inside it, and no other is ever deleted.
 
     Args:
         flag: the option that sets ``max_bytes``, for the message when it is too small.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int, flag: str = "--cache-gb") -> None:
-        self.folder, self.max_bytes, self.flag = Path(folder), max_bytes, flag
+        self.folder, self.max_bytes, self.flag = Path(folder) / OWN, max_bytes, flag
         self.sources = 0  # that share it
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
 
-    def open(self, name: str, size: int, what: str, make: Callable[[Path], None]) -> Descriptor:
+    def find(self, name: str) -> Descriptor | None:
+        """The file called ``name``, if it is there."""
+        try:
+            found = Descriptor(self.folder / f"{name}{KEPT}")
+        except FileNotFoundError:
+            return None
+        found.touch()
+        return found
+
+    def open(self, name: str, size: int, what: str, make: Callable[[Path], None], passing: int = 0) -> Descriptor:
         """The file called ``name``, written by ``make(path)`` unless it is there.
 
         Args:
             name: says what the content is, such as its hash.
-            size: of the file in bytes, or a good estimate.
+            size: of the file in bytes, or a good estimate. A larger one is let go and made again where it does not fit.
             what: what it is, for messages.
+            passing: bytes that ``make`` needs besides, for a file ``beside(path)``. They are reserved together: who
+                holds a part of the cache never waits for more of it.
 
         Raises:
             CacheTooSmall: it cannot fit.
+            TimeoutError: others fill the cache with files that do not become whole.
         """
-        if found := self._find(name):
+        if found := self.find(name):
             return found
-        with self._locked(_stripe(name)):
-            if found := self._find(name):  # another made it meanwhile
-                return found
-            self._require(size, what)
-            for left in self.folder.glob(f"{name}.*.part"):  # by a process that was killed
-                left.unlink()
-            partial = self.folder / f"{name}.{size}.part"
-            while not self._room(size, partial):
-                time.sleep(0.02)  # what others are writing fills the cache
-            try:
-                make(partial)
-                made = Descriptor(partial)
-                os.fsync(made._number)
-                self._require(made.size, what)
-                if made.size > size:
-                    self._room(made.size - size)
-                with self._locked("room"):  # whoever counts must not miss it
-                    partial.replace(self.folder / name)
-            finally:
-                partial.unlink(missing_ok=True)
+        with self._locked(name):
+            made = self.find(name)  # another made it meanwhile
+            while made is None:
+                made, size = self._make(name, size, what, make, passing)
         return made
 
     def drop(self, name: str) -> None:
         """Forget a file before its turn."""
         with self._locked("room"):
-            (self.folder / name).unlink(missing_ok=True)
+            (self.folder / f"{name}{KEPT}").unlink(missing_ok=True)
 
-    def _find(self, name: str) -> Descriptor | None:
+    def _make(
+        self, name: str, size: int, what: str, make: Callable[[Path], None], passing: int
+    ) -> tuple[Descriptor | None, int]:
+        """The file, or None if it has become too large for the room that there is; and its size."""
+        reserved = size + passing
+        self._require(reserved, what)
+        for left in self.folder.glob(f"{name}.*{HALF}"):  # by a process that was killed
+            left.unlink()
+        half = self.folder / f"{name}.{reserved}{HALF}"
+        self._reserve(reserved, half, what)
         try:
-            found = Descriptor(self.folder / name)
-        except FileNotFoundError:
-            return None
-        found.touch()
-        return found
+            make(half)
+            made = Descriptor(half)
+            os.fsync(made._number)
+            self._require(made.size, what)
+            kept = self._room(made.size - reserved, lambda: half.replace(self.folder / f"{name}{KEPT}"))
+            return (made if kept else None), made.size
+        finally:
+            half.unlink(missing_ok=True)
 
     def _require(self, size: int, what: str) -> None:
         if size > self.max_bytes:
@@ -170,14 +181,36 @@ class Cache:
                 f"{self.max_bytes / 1e9:.3g} GB: raise {self.flag}"
             )
 
-    def _room(self, size: int, partial: Path | None = None) -> bool:
-        """Delete until ``size`` more bytes fit, and take them by creating ``partial``; whether they fit now."""
+    def _reserve(self, size: int, half: Path, what: str) -> None:
+        """Take ``size`` bytes by creating ``half``, as soon as they fit."""
+        seen, since = self._halves(), time.monotonic()
+        while not self._room(size, half.touch):
+            time.sleep(0.05)  # what others are writing fills the cache
+            if (now := self._halves()) != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > PATIENCE:
+                raise TimeoutError(
+                    f"{what} takes {size / 1e9:.3g} GB, for which the cache {self.folder} has no room: no file "
+                    f"that others write there has grown for {PATIENCE} s ({', '.join(sorted(now))}). End "
+                    f"these processes, or raise {self.flag}, and start the run again"
+                )
+
+    def _halves(self) -> dict[str, int]:
+        """Sizes of the files that are being written."""
+        found = {}
+        for path in self.folder.glob(f"*{HALF}"):
+            with suppress(FileNotFoundError):
+                found[path.name] = path.stat().st_size
+        return found
+
+    def _room(self, size: int, take: Callable[[], object]) -> bool:
+        """Delete until ``size`` more bytes fit, and ``take`` them before others count; whether they fit."""
         with self._locked("room"):
             taken, entries = size, []
             for entry in os.scandir(self.folder):
-                if entry.name.endswith(".part"):
-                    taken += self._partial(entry.name)
-                elif entry.is_file():
+                if entry.name.endswith(HALF):
+                    taken += self._reserved(entry.name)
+                elif entry.name.endswith(KEPT):
                     status = entry.stat()
                     taken += status.st_size
                     entries.append((status.st_mtime_ns, status.st_size, entry.path))
@@ -186,15 +219,15 @@ class Cache:
                     break
                 Path(path).unlink()  # whoever reads it goes on reading
                 taken -= freed
-            fits = taken <= self.max_bytes
-            if fits and partial is not None:
-                partial.touch()
+            fits = taken <= self.max_bytes or size <= 0  # no more than was reserved always does
+            if fits:
+                take()
             return fits
 
-    def _partial(self, file: str) -> int:
+    def _reserved(self, file: str) -> int:
         """The bytes that a half-written file will take; if nobody is writing it, it is removed and takes none."""
         name, size, _ = file.rsplit(".", 2)
-        with self._locked(_stripe(name), wait=False) as mine:
+        with self._locked(name, wait=False) as mine:
             if mine:
                 (self.folder / file).unlink(missing_ok=True)
                 return 0
@@ -202,7 +235,8 @@ class Cache:
 
     @contextmanager
     def _locked(self, name: str, wait: bool = True) -> Iterator[bool]:
-        """Hold a lock against all threads and processes; or, without ``wait``, say whether it could be had."""
+        """Hold a lock against all threads and processes; or, without ``wait``, say whether it could be had. Each file
+        has its own: who makes one and needs another's lock as well would wait for itself where they shared it."""
         number = os.open(self.folder / "locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             try:
@@ -213,6 +247,11 @@ class Cache:
                 yield True
         finally:
             os.close(number)  # releases the lock
+
+
+def beside(half: Path) -> Path:
+    """Where what is needed to make a file of the cache may lie meanwhile; it goes as that does when a process dies."""
+    return half.with_name(f"{half.name.rsplit('.', 2)[0]}.0{HALF}")
 
 
 class _Shard(NamedTuple):
@@ -403,24 +442,38 @@ class ShardSource:
 
     def _open_parquet(self, shard: _Shard) -> _Handle:
         columns = hashlib.sha256(json.dumps(dict(self._columns), sort_keys=True).encode()).hexdigest()[:8]
-        local = artifacts.is_local(artifacts.locate(shard.url)[0])
+        name, local = f"{shard.sha256}-{columns}.arrow", artifacts.is_local(artifacts.locate(shard.url)[0])
+        last = int(self._index(shard.shard)["row"].max(initial=-1))
         if local:
             self._whole(shard)  # its size is what it was
 
         def make(target: Path) -> None:
-            whole = self._whole(shard)
-            if local and (found := _sha256(whole.path)) != shard.sha256:
-                raise shard.stale(f"its sha256 is {found[:12]}…, but was {shard.sha256[:12]}…")
-            _unpack(whole.path, self._columns, target)
+            if local:
+                whole = self._whole(shard)
+                if (found := _sha256(whole.path)) != shard.sha256:
+                    raise shard.stale(f"its sha256 is {found[:12]}…, but was {shard.sha256[:12]}…")
+                _unpack(shard, whole.path, self._columns, target, last)
+                return
+            copy = beside(target)
+            try:
+                _download(shard, copy)
+                _unpack(shard, copy, self._columns, target, last)
+            finally:
+                copy.unlink(missing_ok=True)
 
-        descriptor = self._cache.open(f"{shard.sha256}-{columns}.arrow", shard.cached, f"shard {shard.url}", make)
-        if not local:
-            self._cache.drop(f"{shard.sha256}.{shard.format}")
-        with pa.memory_map(descriptor.path) as file:
-            reader = pa.ipc.open_file(file)
-            batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        starts = np.cumsum([0, *(batch.num_rows for batch in batches)])[:-1].tolist()
-        return _Handle(descriptor, cached=True, batches=batches, starts=starts)
+        for _ in range(2):
+            descriptor = self._cache.find(name)
+            if descriptor is None:
+                size, passing = _unpacked_size(shard, self._columns), 0 if local else shard.bytes
+                descriptor = self._cache.open(name, size, f"shard {shard.url}", make, passing)
+            with pa.memory_map(descriptor.path) as file:
+                reader = pa.ipc.open_file(file)
+                batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+            *starts, rows = np.cumsum([0, *(batch.num_rows for batch in batches)]).tolist()
+            if rows > last:
+                return _Handle(descriptor, cached=True, batches=batches, starts=starts)
+            self._cache.drop(name)  # unpacked as far as another index of the same shard goes
+        raise shard.stale(f"it has no row {last}, but {rows} rows")
 
     def _read(self, shard: _Shard, row: int, handle: _Handle) -> RawSample:
         index = self._index(shard.shard)
@@ -560,34 +613,66 @@ def _reached(action: Callable[[], T], url: str) -> T:
     raise AssertionError("unreachable")
 
 
-def _unpack(parquet: str | Path, columns: Mapping[str, str], target: Path) -> None:
+def _unpack(shard: _Shard, parquet: str | Path, columns: Mapping[str, str], target: Path, last: int) -> None:
     """Write images and captions of a Parquet file, in the order of its rows, as an uncompressed Arrow file. Of a
-    damaged file, as much as was indexed. Memory: ``PARQUET_ROWS`` rows."""
+    damaged file, as much as was indexed: up to row ``last`` at least. Memory: ``PARQUET_ROWS`` rows.
+
+    Raises:
+        IndexMismatch: it is damaged before that.
+        OSError, MemoryError: it cannot be read now, which says nothing about the file.
+    """
     schema = pa.schema([("image", pa.binary()), ("caption", pa.binary())])  # whether it is UTF-8, each row says itself
+    rows = 0
     with (
         pq.ParquetFile(parquet, memory_map=True, buffer_size=1 << 20, pre_buffer=False) as file,
         pa.OSFile(str(target), "wb") as sink,
         pa.ipc.new_file(sink, schema) as writer,
     ):
-        for batch in _batches(file, columns):
+        found = file.iter_batches(PARQUET_ROWS, columns=[columns["image"], columns["caption"]])
+        while True:
+            try:
+                batch = next(found, None)
+            except (pa.ArrowException, OSError) as error:
+                if rows <= last:
+                    if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                        raise
+                    raise shard.stale(f"it has no row {last} that can be read ({error})") from None
+                log.warning("only the first %d rows of %s can be read (%s), as indexed", rows, shard.url, error)
+                break
+            if batch is None:
+                break
             image, caption = batch[columns["image"]], batch[columns["caption"]]
             if pa.types.is_struct(image.type):  # Hugging Face's: {bytes, path}
                 image = pc.struct_field(image, "bytes")
             arrays = [image.cast(pa.binary()), caption.cast(pa.binary())]
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+            rows += batch.num_rows
+    if rows <= last:
+        raise shard.stale(f"it has no row {last}, but {rows} rows")
 
 
-def _batches(file: pq.ParquetFile, columns: Mapping[str, str]) -> Iterator[pa.RecordBatch]:
+def _unpacked_size(shard: _Shard, columns: Mapping[str, str]) -> int:
+    """Bytes of what ``_unpack`` writes, by the Parquet file's own metadata. (Cells that repeat may take more.)"""
+    filesystem, path = artifacts.locate(shard.url)
+
+    def read() -> pq.FileMetaData:
+        with filesystem.open(path, "rb") as file:
+            return pq.read_metadata(file)
+
     try:
-        yield from file.iter_batches(PARQUET_ROWS, columns=[columns["image"], columns["caption"]])
-    except (pa.ArrowException, OSError) as error:
-        log.warning("only the first part of a Parquet shard can be read (%s), as when it was indexed", error)
+        metadata = read() if artifacts.is_local(filesystem) else _reached(read, shard.url)
+    except (FileNotFoundError, pa.ArrowException):
+        return shard.cached  # what is wrong with it is found, and said, when it is fetched and hashed
+    size = 0
+    for group in range(metadata.num_row_groups):
+        for number in range(metadata.num_columns):
+            column = metadata.row_group(group).column(number)
+            if any(f"{column.path_in_schema}.".startswith(f"{name}.") for name in columns.values()):
+                size += column.total_uncompressed_size
+    # Each record batch: its description, its rows' offsets and a bit for each that says whether it is there.
+    return size + size // 64 + 1024 * (metadata.num_rows // PARQUET_ROWS + 2) + 16 * metadata.num_rows
 
 
 def _sha256(path: str | Path) -> str:
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _stripe(name: str) -> str:
-    return f"{int(hashlib.sha256(name.encode()).hexdigest(), 16) % STRIPES:02x}"
