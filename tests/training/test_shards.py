@@ -1,9 +1,11 @@
 """Image-text shards read by their index: what they hold, and what happens when they are not what was indexed."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import pytest
 import toy_shards as toy
 from palate import artifacts
 from palate.corpora.pictures import decode_image
+from palate.distributed.launch import is_final
 from palate.training import shards, stream
 from palate.training.shards import Cache, CacheTooSmall, IndexMismatch, ShardSource, Unreachable
 from palate.training.stream import CorruptSample, Stream
@@ -43,7 +46,7 @@ def test_each_format_gives_its_samples(tmp_path):
     numbers = [0] * 5 + [1] * 4 + [2] * 6
     for place, (number, (key, image, text)) in enumerate(zip(numbers, items, strict=True)):
         found = images.load(place, 0)
-        assert images.id(place) == f"{number:05d}/{key}"
+        assert images.id(place) == f"{number:05d}/{place - (0, 5, 9)[number]}/{key}"
         assert (found.key, found.image) == (key, image)
         assert found.text == (None if number == 2 else text)
     assert images.load(0, 0).record == {"key": "000000"}
@@ -316,10 +319,102 @@ def test_a_remote_shard_that_changed_or_went_is_an_error(tmp_path, s3_url, monke
     with pytest.raises(IndexMismatch, match="it is gone"):
         source(tmp_path, index).load(0, 0)
     assert cached(tmp_path) == []
-    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
+    pauses = []
+    monkeypatch.setattr(shards.time, "sleep", pauses.append)
     monkeypatch.setattr(filesystem, "get_file", lambda *_: (_ for _ in ()).throw(ConnectionError("no route")))
     with pytest.raises(Unreachable, match=r"s3://.*2.tar cannot be read: no route"):
         source(tmp_path, index).load(12, 0)
+    assert sum(pauses) > 240  # a service that is started again, or a route, needs minutes
+
+
+def test_storage_that_does_not_answer_is_no_error_that_would_come_again():
+    assert not is_final(Unreachable("no route"))
+    assert is_final(IndexMismatch("another shard"))
+    assert is_final(CacheTooSmall("too small"))
+    assert not is_final(OSError(errno.EMFILE, "Too many open files"))
+
+
+def test_a_full_disk_is_not_the_storages_fault(tmp_path, s3_url, monkeypatch):
+    index, _ = toy.remote(tmp_path, s3_url, formats=("tar",))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(artifacts.locate(s3_url)[0], "get_file", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match="No space left"):
+        source(tmp_path, index).load(0, 0)
+
+
+def test_all_sources_that_share_a_cache_hold_few_files_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards.resource, "getrlimit", lambda _: (24, 24))
+    cache, sources = Cache(tmp_path / "cache", 1 << 30), []
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+        made = []
+        for number in range(4):
+            path = tmp_path / name / f"{number}.tar"
+            made.append((path, "tar", toy.write_tar(path, toy.samples(4 * number, 2))))
+        sources.append(ShardSource(toy.write_index(tmp_path / name / "index", made), raw, cache))
+    assert cache.handles.most == 6
+    before, largest = len(list(Path("/dev/fd").iterdir())), 0
+    for place in (0, 2, 4, 6, 7, 5, 3, 1):
+        for images in sources:
+            images.load(place, 0)
+            largest = max(largest, len(list(Path("/dev/fd").iterdir())))
+    assert largest - before == 6
+    monkeypatch.setattr(shards.resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert Cache(tmp_path / "cache", 1 << 30).handles.most == shards.HANDLES
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
+def test_what_the_machine_lacks_is_neither_another_shard_nor_a_corrupt_sample(tmp_path, monkeypatch, number):
+    index, items = toy.mixed(tmp_path / "data")
+    failing = OSError(number, os.strerror(number))
+
+    def fail(*_, **__):
+        raise failing
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "Descriptor", fail)
+        for place in (0, 5, 10):
+            with pytest.raises(OSError) as caught:
+                source(tmp_path, index).load(place, 0)
+            assert caught.value is failing
+    images = source(tmp_path, index)
+    images.load(10, 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", fail)  # of an image beside LLaVA's records
+        with pytest.raises(OSError) as caught:
+            images.load(11, 0)
+        assert caught.value is failing
+    fresh = source(tmp_path, index)
+    with monkeypatch.context() as patched:
+        patched.setattr(pa, "memory_map", fail)  # of an index
+        with pytest.raises(OSError) as caught:
+            fresh.load(0, 0)
+        assert caught.value is failing
+    assert fresh.load(0, 0).image == items[0][1]
+
+
+def test_headers_of_tars_by_other_programs(tmp_path):
+    """Sizes padded by spaces, in front too, are good; a key that begins another is another."""
+    path, items = tmp_path / "0.tar", [("10", toy.jpeg(1), "text"), ("11", toy.jpeg(2), "text")]
+    rows = toy.write_tar(path, items)
+    content = bytearray(path.read_bytes())
+    for row, form in zip(rows, (b"%11o ", b" %o \0"), strict=True):
+        for kind in ("image", "text", "json"):
+            start = row[f"{kind}_offset"] - 512 + 124
+            content[start : start + 12] = (form % row[f"{kind}_size"]).ljust(12, b"\0")[:12]
+    path.write_bytes(content)
+    images = source(tmp_path, toy.write_index(tmp_path / "index", [(path, "tar", rows)]))
+    assert [images.load(place, 0).image for place in range(2)] == [image for _, image, _ in items]
+    shorter = toy.write_index(tmp_path / "shorter", [(path, "tar", [{**rows[0], "key": "1"}])])
+    with pytest.raises(IndexMismatch, match="no member of '1'"):
+        source(tmp_path, shorter).load(0, 0)
+
+
+def test_ids_are_unique_where_keys_are_not(tmp_path):
+    path, items = tmp_path / "0.parquet", toy.samples(0, 3)
+    rows = [{**row, "key": "same"} for row in toy.write_parquet(path, items)]
+    images = source(tmp_path, toy.write_index(tmp_path / "index", [(path, "parquet", rows)]))
+    assert [images.id(place) for place in range(3)] == ["00000/0/same", "00000/1/same", "00000/2/same"]
 
 
 def test_many_threads_make_a_file_once_and_stay_below_the_bound(tmp_path):

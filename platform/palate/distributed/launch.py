@@ -23,15 +23,21 @@ from typing import Any, Literal, TypeVar
 from palate import artifacts
 from palate.training.guards import Preempted, TrainingStopped
 from palate.training.parallel import WAIT_SECONDS, World, backend, run_local, run_torchrun
+from palate.training.shards import Unreachable
 
 Launcher = Literal["local", "torchrun", "ray"]
 Config = TypeVar("Config")
 Result = TypeVar("Result")
 
-# Errors that the same data and configuration would bring again.
+# Errors that the same data and configuration would bring again; but see ``is_final``.
 FINAL = (TrainingStopped, artifacts.ArtifactError, ValueError, TypeError, ImportError)
 
 log = logging.getLogger(__name__)
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether starting again would only bring the error again. Storage that does not answer may do so later."""
+    return isinstance(error, FINAL) and not isinstance(error, Unreachable)
 
 
 def launch(
@@ -130,7 +136,7 @@ def run_ray(
             return trainer.fit().return_value
         except WorkerGroupError as error:
             causes = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
-            if final := next((cause for cause in causes if isinstance(cause, FINAL)), None):
+            if final := next((cause for cause in causes if is_final(cause)), None):
                 raise final from error
             if attempt == failures:
                 raise

@@ -10,20 +10,22 @@ needs room or the same shard removes it.
 """
 
 import bisect
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
+import resource
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -36,11 +38,16 @@ from palate.corpora.captions import IMAGE_TEXT_INDEX, RawSample
 from palate.corpora.image_text import PARQUET_ROWS
 from palate.training.stream import CorruptSample
 
-HANDLES = 256  # shards, and index files, that are kept open
+HANDLES = 1024  # shards that a process keeps open, where so many files may be
+INDEXES = 256  # index files that a source keeps mapped
 OWN = "palate-shards"  # the cache's folder inside the one that is named
 KEPT, HALF = ".shard", ".part"  # what its files end with, whole and while they are written
 PATIENCE = 1800  # seconds that others may fill the cache with files that do not grow
-TRIES = 3  # to reach object storage, before the run is stopped
+TRIES = 9  # to reach object storage, over 4 minutes, before the run is stopped
+# What this machine lacks for now, which says nothing about a file or a sample.
+LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+# Not the storage's: a file of this machine cannot be written. (s3fs has EIO for what it does not know.)
+LOCAL = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
 BLOCK = 512  # of a tar
 
 T = TypeVar("T")
@@ -116,6 +123,7 @@ class Cache:
     def __init__(self, folder: str | Path, max_bytes: int, flag: str = "--cache-gb") -> None:
         self.folder, self.max_bytes, self.flag = Path(folder) / OWN, max_bytes, flag
         self.sources = 0  # that share it
+        self.handles: Handles[Any] = Handles(_most_open())
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
 
     def find(self, name: str) -> Descriptor | None:
@@ -249,6 +257,38 @@ class Cache:
             os.close(number)  # releases the lock
 
 
+class Handles(Generic[T]):
+    """The open shards of all sources that share a cache, at most ``most``, of which the least recently used go."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._open: OrderedDict[Hashable, tuple[T, Descriptor]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> T | None:
+        with self._lock:
+            handle, descriptor = self._open.get(key, (None, None))
+            if descriptor is not None and not descriptor.deleted:
+                self._open.move_to_end(key)
+                return handle
+            # Files that the cache has dropped take space on the disk until they are let go.
+            for other in [other for other, (_, descriptor) in self._open.items() if descriptor.deleted]:
+                del self._open[other]
+        return None
+
+    def put(self, key: Hashable, handle: T, descriptor: Descriptor) -> None:
+        with self._lock:
+            self._open[key] = handle, descriptor
+            while len(self._open) > self.most:
+                self._open.popitem(last=False)
+
+
+def _most_open() -> int:
+    """A quarter of the files that this process may open, but no more than ``HANDLES``."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return HANDLES if limit == resource.RLIM_INFINITY else max(1, min(HANDLES, limit // 4))
+
+
 def beside(half: Path) -> Path:
     """Where what is needed to make a file of the cache may lie meanwhile; it goes as that does when a process dies."""
     return half.with_name(f"{half.name.rsplit('.', 2)[0]}.0{HALF}")
@@ -290,7 +330,7 @@ class _Handle:
 
 
 class ShardSource:
-    """The samples of an index, as a ``stream.Source``; its blocks are the shards, its ids ``shard/key``.
+    """The samples of an index, as a ``stream.Source``; its blocks are the shards, its ids ``shard/row/key``.
 
     May be used by several threads. Randomness is only in ``decode``, by the seed that it is given.
 
@@ -310,6 +350,7 @@ class ShardSource:
         filesystem, root = artifacts.locate(self._artifact.url)
         self._root = Path(root) if artifacts.is_local(filesystem) else None
         self.name, self._decode, self._cache = name, decode, cache
+        self._number = cache.sources
         cache.sources += 1
         rows = pq.read_table(self._artifact.local("shards.parquet")).to_pylist()
         self._shards = [_Shard(**row) for row in rows]
@@ -318,9 +359,7 @@ class ShardSource:
         columns = self._artifact.paths("columns.json")
         self._columns: Mapping[str, str] = self._artifact.read_json(columns[0]) if columns else {}
         self.fingerprint = self._hash()
-        self._index = lru_cache(maxsize=HANDLES)(self._open_index)
-        self._handles: OrderedDict[int, _Handle] = OrderedDict()
-        self._lock = threading.Lock()
+        self._index = lru_cache(maxsize=INDEXES)(self._open_index)
         self._warned = False
 
     def __len__(self) -> int:
@@ -328,7 +367,7 @@ class ShardSource:
 
     def id(self, index: int) -> str:
         shard, row = self._place(index)
-        return f"{shard:05d}/{self._index(shard)['key'][row].as_py()}"
+        return f"{shard:05d}/{row}/{self._index(shard)['key'][row].as_py()}"  # keys may repeat
 
     def load(self, index: int, seed: int) -> Any:
         """The decoded sample.
@@ -338,12 +377,15 @@ class ShardSource:
             IndexMismatch: its shard is gone, or is another than the one that was indexed.
             CacheTooSmall: its shard does not fit into the cache.
             Unreachable: object storage does not answer.
+            OSError: this machine cannot read now, as when too many files are open (``LACKING``).
         """
         shard, row = self._place(index)
-        handle = self._handle(shard)
+        handle, columns = self._handle(shard), self._index(shard)
         try:
-            return self._decode(self._read(self._shards[shard], row, handle), seed)
+            return self._decode(_read(self._shards[shard], columns, row, handle), seed)
         except (ValueError, OSError, SyntaxError) as reason:  # SyntaxError: Pillow's, of a broken PNG
+            if isinstance(reason, OSError) and reason.errno in LACKING:
+                raise
             raise CorruptSample(f"{type(reason).__name__}: {reason}") from None
 
     def lengths(self, tokens: Callable[[np.ndarray], np.ndarray]) -> "Lengths":
@@ -401,21 +443,12 @@ class ShardSource:
         return {name: batch[name] if name == "key" else batch[name].to_numpy() for name in names}
 
     def _handle(self, number: int) -> _Handle:
-        with self._lock:
-            handle = self._handles.get(number)
-            if handle is not None and not handle.descriptor.deleted:
-                self._handles.move_to_end(number)
-                if handle.cached:
-                    handle.descriptor.touch(seconds=5)
-                return handle
-            # Files that the cache has dropped take space on the disk until they are let go.
-            for other in [key for key, value in self._handles.items() if value.descriptor.deleted]:
-                del self._handles[other]
-        handle = self._open(self._shards[number])
-        with self._lock:
-            self._handles[number] = handle
-            while len(self._handles) > HANDLES:
-                self._handles.popitem(last=False)
+        handle: _Handle | None = self._cache.handles.get((self._number, number))
+        if handle is None:
+            handle = self._open(self._shards[number])
+            self._cache.handles.put((self._number, number), handle, handle.descriptor)
+        elif handle.cached:
+            handle.descriptor.touch(seconds=5)
         return handle
 
     def _open(self, shard: _Shard) -> _Handle:
@@ -434,7 +467,7 @@ class ShardSource:
             )
         try:
             found = Descriptor(path)
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise shard.stale(f"it cannot be opened ({error})") from None
         if found.size != shard.bytes:
             raise shard.stale(f"it has {found.size} bytes, but had {shard.bytes}")
@@ -475,15 +508,6 @@ class ShardSource:
             self._cache.drop(name)  # unpacked as far as another index of the same shard goes
         raise shard.stale(f"it has no row {last}, but {rows} rows")
 
-    def _read(self, shard: _Shard, row: int, handle: _Handle) -> RawSample:
-        index = self._index(shard.shard)
-        key = index["key"][row].as_py()
-        if shard.format == "tar":
-            return _read_tar(shard, key, {name: int(index[name][row]) for name in index if name != "key"}, handle)
-        if shard.format == "parquet":
-            return _read_parquet(shard, key, int(index["row"][row]), handle)
-        return _read_llava(shard, key, int(index["json_offset"][row]), int(index["json_size"][row]), handle)
-
 
 class Lengths(Sequence[int]):
     """Tokens of each sample of a ``ShardSource``, computed from its index when they are asked for."""
@@ -511,6 +535,15 @@ class Lengths(Sequence[int]):
         return self._tokens(characters)
 
 
+def _read(shard: _Shard, index: Mapping[str, Any], row: int, handle: _Handle) -> RawSample:
+    key = index["key"][row].as_py()
+    if shard.format == "tar":
+        return _read_tar(shard, key, {name: int(index[name][row]) for name in index if name != "key"}, handle)
+    if shard.format == "parquet":
+        return _read_parquet(shard, key, int(index["row"][row]), handle)
+    return _read_llava(shard, key, int(index["json_offset"][row]), int(index["json_size"][row]), handle)
+
+
 def _read_tar(shard: _Shard, key: str, place: Mapping[str, int], handle: _Handle) -> RawSample:
     def member(kind: str) -> bytes | None:
         offset, size = place[f"{kind}_offset"], place[f"{kind}_size"]
@@ -534,13 +567,16 @@ def _read_tar(shard: _Shard, key: str, place: Mapping[str, int], handle: _Handle
 
 def _is_header(header: bytes, key: str, size: int) -> bool:
     """Whether a tar's block is the header of a member of ``key`` with ``size`` bytes of content."""
-    stated = header[124:136].rstrip(b"\0 ")
-    if not stated.isdigit() or int(stated, 8) != size:
+    try:
+        stated = int(header[124:136].rstrip(b"\0").strip() or b"0", 8)  # padded with spaces on either side, or zeros
+    except ValueError:
+        return False
+    if stated != size:
         return False
     name, stem = header[:100].rstrip(b"\0"), PurePosixPath(key).name.encode()
     if len(name) == 100 or not stem.isascii():  # cut off, or replaced: the whole name is in a block before
         return True
-    return name.rpartition(b"/")[2].startswith(stem)
+    return name.rpartition(b"/")[2].partition(b".")[0] == stem
 
 
 def _read_parquet(shard: _Shard, key: str, row: int, handle: _Handle) -> RawSample:
@@ -604,6 +640,8 @@ def _reached(action: Callable[[], T], url: str) -> T:
         except FileNotFoundError:
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in LOCAL:
+                raise
             log.warning("%s cannot be read (%s); %d more tries", url, error, left)
             if not left:
                 raise Unreachable(
