@@ -194,6 +194,77 @@ def test_llava_records_are_indexed_by_byte_ranges(tmp_path, monkeypatch, lines, 
     assert shards_of(made)[0]["root"] == str(tmp_path / "root")
 
 
+SAID = {
+    "good": {"conversations": TALK, "questions": [{"kind": "colour", "text": "Which?", "answer": "red"}]},
+    "user": {"conversations": [{"from": "user", "value": "Was?"}]},
+    "none": {"conversations": None, "questions": None},
+    "empty": {"conversations": [], "questions": []},
+    "text": {"conversations": "Was?"},
+    "dict": {"conversations": {"from": "human", "value": "Was?"}},
+    "turns": {"conversations": [["human", "Was?"]]},
+    "role": {"conversations": [{"role": "user", "content": "Was?"}]},
+    "value": {"conversations": [*TALK, {"from": "human", "value": None}]},
+    "gpt": {"conversations": TALK[1:]},
+    "system": {"conversations": [{"from": "system", "value": "Be brief."}, *TALK]},
+    "surrogate": {"conversations": [{"from": "human", "value": "\ud800"}]},
+    "asked": {"conversations": TALK, "questions": ["Which?"]},
+    "open": {"conversations": TALK, "questions": [{"text": "Which?"}]},
+    "many": {"conversations": TALK, "questions": [{"text": "Which?", "answer": ["red", "blue"]}]},
+    "one": {"conversations": TALK, "questions": {"text": "Which?", "answer": "red"}},
+}
+UNSAID = ["none", "empty"]
+KEPT = ["good", "user"]
+
+
+@pytest.mark.parametrize("form", ["llava", "tar", "captioned"])
+def test_records_that_training_could_not_take_are_left_out(tmp_path, form):
+    if form == "llava":
+        (tmp_path / "root").mkdir()
+        for number, key in enumerate(SAID):
+            (tmp_path / "root" / f"{key}.jpg").write_bytes(jpeg(number))
+        write_llava(
+            tmp_path / "in" / "x.json",
+            json.loads(json.dumps([{"id": k, "image": f"{k}.jpg", **v} for k, v in SAID.items()])),
+        )
+    else:
+        text = "caption" if form == "captioned" else None
+        write_tar(
+            tmp_path / "in" / "0.tar", [sample(key, jpeg(n), text, one) for n, (key, one) in enumerate(SAID.items())]
+        )
+    made = run(tmp_path, images=str(tmp_path / "root"), max_quarantined=1)
+    unsaid = dict.fromkeys(UNSAID, image_text.NO_CAPTION) if form != "captioned" else {}
+    assert keys(made) == [*KEPT, *(UNSAID if form == "captioned" else [])]
+    wrong = [key for key in SAID if key not in (*KEPT, *UNSAID)]
+    assert dropped(made) == {**unsaid, **dict.fromkeys(wrong, image_text.FORM)}
+    found = {
+        one["key"]: one["found"] for one in map(json.loads, made.local("quarantine.jsonl").read_text().splitlines())
+    }
+    assert found["gpt"] == "conversations: the first turn is from 'gpt', expected human or user"
+    assert found["open"] == "questions[0]: found {'text': 'Which?'}, expected {text, answer} of text"
+    with pytest.raises(CorpusError, match=image_text.FORM):
+        run(tmp_path, images=str(tmp_path / "root"), fresh=True)
+
+
+def test_conversations_are_those_that_training_takes():
+    from palate.unihetero import phrasing
+
+    assert image_text.HUMAN == phrasing.HUMAN
+
+
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_columns_of_parquet_count_where_they_become_records(tmp_path, rewrite):
+    columns = {
+        "key": ["a", "b", "c"],
+        "jpg": [jpeg(n) for n in range(3)],
+        "questions": ["the", "captions", "here"],
+        "conversations": [TALK, TALK[1:], None],
+    }
+    write_parquet(tmp_path / "in" / "0.parquet", columns)
+    made = run(tmp_path, rewrite=rewrite, caption_column="questions", max_quarantined=0.5)
+    assert made.summary["kept"] == 3 - rewrite
+    assert dropped(made) == ({"b": image_text.FORM} if rewrite else {})
+
+
 def test_a_json_list_that_is_cut_off_keeps_what_is_whole(tmp_path):
     (tmp_path / "0.jpg").write_bytes(jpeg(0))
     path = write_llava(
@@ -472,6 +543,36 @@ def test_the_first_of_duplicates_is_kept_across_shards_and_formats(tmp_path):
         ("f", "equal to an earlier image", "1:0"),
         ("g", "equal to an earlier image", "1:1"),
     ]
+
+
+@pytest.mark.parametrize("form", ["llava", "tar"])
+def test_several_conversations_about_one_image_are_kept(tmp_path, form):
+    """As LLaVA has them; only those that are equal are dropped. What shows an evaluation image is, whatever is said."""
+    other = [TALK[0], {"from": "gpt", "value": "Etwas anderes"}]
+    images = {"0": jpeg(0), "near": jpeg(0, quality=60), "1": jpeg(1), "2": jpeg(2)}
+    talks = [("0", TALK), ("0", other), ("0", TALK), ("near", TALK), ("1", TALK), ("1", other), ("2", TALK)]
+    (tmp_path / "root").mkdir()
+    for name, content in images.items():
+        (tmp_path / "root" / f"{name}.jpg").write_bytes(content)
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "1.png").write_bytes(encoded(picture(1), "PNG"))
+    if form == "llava":
+        records = [{"id": n, "image": f"{name}.jpg", "conversations": talk} for n, (name, talk) in enumerate(talks)]
+        write_llava(tmp_path / "in" / "x.json", records)
+    else:
+        samples = [
+            sample(str(n), images[name], None, {"id": n, "conversations": talk}) for n, (name, talk) in enumerate(talks)
+        ]
+        write_tar(tmp_path / "in" / "0.tar", samples)
+    write_tar(tmp_path / "in" / "z.tar", [sample("caption", jpeg(0), "caption"), sample("again", jpeg(0), "again")])
+    made = run(tmp_path, images=str(tmp_path / "root"), evaluation=(str(tmp_path / "evaluation"),))
+    assert keys(made) == ["0", "1", "3", "6", "caption"]
+    assert dropped(made) == {
+        "2": "equal to an earlier image",
+        "4": "near an evaluation image",
+        "5": "near an evaluation image",
+        "again": "equal to an earlier image",
+    }
 
 
 def test_only_equal_files_are_duplicates_where_near_ones_are_not_asked_for(tmp_path):

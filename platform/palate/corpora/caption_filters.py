@@ -51,6 +51,7 @@ BROKEN = (
     image_text.NO_IMAGE,
     image_text.NOT_UTF8,
     image_text.NO_CAPTION,
+    image_text.FORM,
     BOMB,
     CORRUPT,
 )

@@ -163,8 +163,8 @@ _SAMPLES = pa.schema(  # what a scan finds; a row a sample of the shard, in its 
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
         pa.field("image_format", pa.string()),
-        pa.field("sha256", pa.binary(32)),
-        pa.field("hash", pa.uint64()),  # null: too plain an image to be told by it
+        pa.field("sha256", pa.binary(32)),  # of the image, or of image and conversations: what duplicates share
+        pa.field("hash", pa.uint64()),  # null: conversations, or too plain an image to be told by it
         pa.field("licence", pa.string()),
         pa.field("reason", pa.string()),  # why it is dropped
         pa.field("of", pa.string()),  # the evaluation image that it shows
@@ -575,7 +575,11 @@ class _Scan:
         """
         rows: list[dict[str, Any]] = []
         broken: list[dict[str, Any]] = []
-        samples = image_text.read(self._shard, file, columns, wanted_columns(self._config))
+        wanted = wanted_columns(self._config)
+        if columns is not None and self._config.rewrite:
+            # New shards have a Parquet row's other columns in the record, where training would find them.
+            wanted += [name for name in image_text.LEARNED if name not in (columns.image, columns.caption)]
+        samples = image_text.read(self._shard, file, columns, wanted)
         while True:
             try:
                 found = next(samples, None)
@@ -605,7 +609,7 @@ class _Scan:
         return {**counts, "damage": self._damage, "used": used}
 
     def _row(self, found: Found) -> tuple[dict[str, Any], str]:
-        """The row of a sample, and what is wrong with it in words."""
+        """The row of a sample, with the image's own ``image_sha256`` and ``image_hash``, and what is wrong in words."""
         licence = self._filters.value(found.columns, "licence")
         row = {
             **dict.fromkeys(_SAMPLES.names),
@@ -622,8 +626,11 @@ class _Scan:
             except ValueError as error:
                 row["reason"], detail = BOMB if isinstance(error, TooManyPixels) else CORRUPT, str(error)
             else:
-                row.update(width=look.width, height=look.height, image_format=look.format, hash=look.hash)
-                row["sha256"] = hashlib.sha256(found.image).digest()
+                row.update(width=look.width, height=look.height, image_format=look.format)
+                digest = hashlib.sha256(found.image).digest()
+                row.update(image_sha256=digest, image_hash=look.hash, sha256=digest, hash=look.hash)
+                if found.said is not None:  # one image has several conversations: only equal ones are duplicates
+                    row.update(sha256=hashlib.sha256(digest + found.said).digest(), hash=None)
                 row["reason"] = size_reason(self._config, look.width, look.height)
         return row, detail
 
@@ -639,7 +646,7 @@ class _Scan:
         good = [row for row in rows if row["reason"] is None]
         if self._evaluation is None or not good:
             return []
-        matches = self._evaluation.matches([row["sha256"] for row in good], [row["hash"] for row in good])
+        matches = self._evaluation.matches([row["image_sha256"] for row in good], [row["image_hash"] for row in good])
         shown = []
         for row, match in zip(good, matches, strict=True):
             if match is not None:

@@ -40,7 +40,7 @@ IMAGE_COLUMNS = ("jpg", "image", "bytes", "jpeg", "png", "webp", "image_bytes", 
 CAPTION_COLUMNS = ("caption", "TEXT", "text", "txt")
 KEY_COLUMNS = ("key", "__key__", "uid", "id", "SAMPLE_ID", "sample_id")
 
-# Why a sample cannot be used. All but the last mean that it is broken.
+# Why a sample cannot be used. All but ``NOT_ONE_IMAGE`` mean that it is broken.
 CUT_OFF = "cut off with its shard"
 RECORD = "a record that cannot be read"
 MEMBERS = "members that do not make one sample"
@@ -49,6 +49,10 @@ NOT_UTF8 = "a caption that is not UTF-8"
 NO_CAPTION = "no caption"
 TOO_LARGE = f"a file of more than {MAX_BYTES >> 20} MiB"
 NOT_ONE_IMAGE = "a record without an image, or with several"
+FORM = "conversations or questions of another form"
+
+LEARNED = ("conversations", "questions")  # of a record: what training takes from it
+HUMAN = ("human", "user")  # who begins a conversation
 
 
 class Damaged(Exception):
@@ -69,6 +73,7 @@ class Found:
     length: int = 0  # of the caption, in characters
     columns: Mapping[str, Any] = field(default_factory=dict)
     place: Mapping[str, int] = field(default_factory=dict)
+    said: bytes | None = None  # of conversations: what tells those about one image apart
     reason: str | None = None
     detail: str = ""
 
@@ -324,9 +329,8 @@ def _tar_sample(stream: IO[bytes], key: str, members: Sequence[_Member]) -> Foun
         return Found(key, reason=RECORD, detail=f"json: {error}")
     found = Found(key, contents["image"], columns=record, place=places)
     if "text" not in contents:
-        length = _said(record)
-        return replace(found, length=length) if length else replace(found, reason=NO_CAPTION, detail="no txt")
-    return _captioned(found, contents["text"])
+        return _told(found, record, "no txt")
+    return _learned(_captioned(found, contents["text"]), record)
 
 
 def _captioned(found: Found, caption: Any) -> Found:
@@ -340,6 +344,57 @@ def _captioned(found: Found, caption: Any) -> Found:
     if text is None or not text.strip():
         return replace(found, reason=NO_CAPTION)
     return replace(found, length=len(text))
+
+
+def _told(found: Found, record: Mapping[str, Any], otherwise: str) -> Found:
+    """A sample without a caption, which its conversations stand for; ``otherwise`` is said where there are none."""
+    found = _learned(found, record)
+    if found.reason is not None:
+        return found
+    length = sum(len(turn["value"]) for turn in record.get("conversations") or [])
+    return replace(found, length=length) if length else replace(found, reason=NO_CAPTION, detail=otherwise)
+
+
+def _learned(found: Found, record: Mapping[str, Any]) -> Found:
+    """With what tells conversations apart, or with what training could not take from the record."""
+    if found.reason is not None:
+        return found
+    if problem := _problem(record):
+        return replace(found, reason=FORM, detail=problem)
+    turns = [(turn["from"], turn["value"]) for turn in record.get("conversations") or []]
+    return replace(found, said=json.dumps(turns).encode()) if turns else found
+
+
+def _problem(record: Mapping[str, Any]) -> str:
+    """What is wrong with a record's conversations or questions; nothing where there are none."""
+    turns, questions = record.get("conversations"), record.get("questions")
+    problem = _list_problem("conversations", turns, ("from", "value"))
+    if not problem and turns and turns[0]["from"] not in HUMAN:
+        problem = f"conversations: the first turn is from {turns[0]['from']!r}, expected {' or '.join(HUMAN)}"
+    return problem or _list_problem("questions", questions, ("text", "answer"))
+
+
+def _list_problem(name: str, values: Any, parts: tuple[str, str]) -> str:
+    if values is None or values == []:
+        return ""
+    expected = f"{{{parts[0]}, {parts[1]}}} of text"
+    if not isinstance(values, list):
+        return f"{name}: found {type(values).__name__}, expected a list of {expected}"
+    for number, value in enumerate(values):
+        if not isinstance(value, dict) or not all(_is_text(value.get(part)) for part in parts):
+            return f"{name}[{number}]: found {value!r}, expected {expected}"
+    return ""
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is text that UTF-8 can hold, which lone surrogates (``\\ud800`` in JSON) are not."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # Parquet
@@ -437,7 +492,7 @@ def _parquet_sample(
         return replace(found, reason=NO_IMAGE)
     if len(image) > MAX_BYTES:
         return replace(found, image=b"", reason=TOO_LARGE, detail=f"{len(image)} bytes")
-    return _captioned(found, values[columns.caption])
+    return _learned(_captioned(found, values[columns.caption]), others)
 
 
 def cell_bytes(cell: Any) -> bytes | None:
@@ -477,9 +532,9 @@ def _llava_sample(found: Found, record: Mapping[str, Any], root: str) -> Found:
         return replace(found, reason=NOT_ONE_IMAGE)
     if not isinstance(image, str) or image.startswith("/") or ".." in image.split("/"):
         return replace(found, reason=RECORD, detail=f"image: found {image!r}, expected a path under --images")
-    length = _said(record)
-    if not length:
-        return replace(found, reason=NO_CAPTION, detail="expected conversations of {from, value}")
+    found = _told(found, record, "expected conversations of {from, value}")
+    if found.reason is not None:
+        return found
     filesystem, inside = locate(root)
     try:
         content = filesystem.cat_file(f"{inside}/{image}", start=0, end=MAX_BYTES + 1)
@@ -487,16 +542,7 @@ def _llava_sample(found: Found, record: Mapping[str, Any], root: str) -> Found:
         return replace(found, reason=NO_IMAGE, detail=f"there is no file {image}")
     if len(content) > MAX_BYTES:
         return replace(found, reason=TOO_LARGE, detail=image)
-    return replace(found, image=content, length=length)
-
-
-def _said(record: Mapping[str, Any]) -> int:
-    """Characters of the conversations of LLaVA's {from, value}; 0 where there are none."""
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return 0
-    values = [turn.get("value") for turn in turns]
-    return sum(len(value) for value in values) if all(isinstance(value, str) for value in values) else 0
+    return replace(found, image=content)
 
 
 def _starts_with_list(stream: IO[bytes]) -> bool:
