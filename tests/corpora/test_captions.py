@@ -1,11 +1,13 @@
 import base64
 import dataclasses
+import errno
 import io
 import itertools
 import json
 import tarfile
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +34,7 @@ from toy_captions import (
 )
 
 TALK = [{"from": "human", "value": "<image>\nWas?"}, {"from": "gpt", "value": "Übung"}]
+COLUMNS = image_text.Columns("jpg", "caption")
 
 
 def run(folder: Path, pattern: str = "in/*", **settings):
@@ -315,6 +318,63 @@ def test_odd_images_are_kept_and_broken_ones_are_not(tmp_path):
         "reason": "an image of too many pixels",
         "found": "2000 x 1000 pixels, --max-pixels 1000000",
     }
+
+
+def test_text_that_no_file_can_hold_stops_nothing(tmp_path):
+    """Lone surrogates, which JSON can spell: in ids, licences and image names."""
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "0.jpg").write_bytes(jpeg(0))
+    names = ["0.jpg", "\ud800.jpg", "\udcff.jpg", "nul\0.jpg", "0.jpg/in", "n" * 300 + ".jpg"]
+    records = [{"id": f"{n}\ud800", "image": name, "conversations": TALK} for n, name in enumerate(names)]
+    records[0]["license"] = "cc\udfff"
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
+    write_tar(tmp_path / "in" / "0.tar", [sample("t", jpeg(1), "text", {"license": "\ud800", "\ud800": "\ud800"})])
+    made = run(tmp_path, images=str(tmp_path / "root"), max_quarantined=0.9)
+    assert keys(made) == ["t", "0?"]
+    assert made.read_json("data_card.json")["licences"] == {"?": 1, "cc?": 1}
+    wrong = dict.fromkeys(["1?", "2?", "3?"], image_text.RECORD)
+    assert dropped(made) == {**wrong, "4?": image_text.NO_IMAGE, "5?": image_text.NO_IMAGE}
+    rewritten = CaptionsConfig(
+        input=(str(tmp_path / "in" / "*"),),
+        images=str(tmp_path / "root"),
+        out=str(tmp_path / "new"),
+        rewrite=True,
+        max_quarantined=0.9,
+    )
+    assert prepare(rewritten).summary["kept"] == 2
+
+
+def test_what_memory_or_a_disk_lacks_is_no_damage_of_a_shard(tmp_path, monkeypatch):
+    """Else samples would be left out for good that are whole."""
+    path = write_parquet(tmp_path / "in" / "0.parquet", {"jpg": [jpeg(n) for n in range(9)], "caption": ["text"] * 9})
+    readers = [
+        (pq.ParquetFile, "iter_batches", lambda: list(image_text.read_parquet(path, COLUMNS, []))),
+        (pq, "read_schema", lambda: image_text.caption_column(str(path), "")),
+    ]
+    for error in (OSError(errno.EIO, "Input/output error"), pa.ArrowMemoryError("malloc failed")):
+        for target, name, read in readers:
+            with monkeypatch.context() as patched:
+                patched.setattr(target, name, Mock(side_effect=error))
+                with pytest.raises(type(error)) as raised:
+                    read()
+                assert raised.value is error
+
+
+@pytest.mark.parametrize("compression", ["snappy", "zstd", "none"])
+def test_of_a_parquet_file_with_garbage_inside_what_is_whole_is_kept(tmp_path, monkeypatch, compression):
+    monkeypatch.setattr(image_text, "PARQUET_ROWS", 3)
+    path = tmp_path / "0.parquet"
+    table = pa.table({"jpg": [jpeg(n, (99, 99)) for n in range(9)], "caption": [f"text {n}" for n in range(9)]})
+    pq.write_table(table, path, row_group_size=3, compression=compression)
+    content = bytearray(path.read_bytes())
+    start = pq.read_metadata(path).row_group(1).column(0).dictionary_page_offset
+    content[start : start + 200] = b"\x7f" * 200
+    path.write_bytes(content)
+    found: list[image_text.Found] = []
+    with pytest.raises(image_text.Damaged, match="no Parquet file that can be read whole"):
+        found += image_text.read_parquet(path, COLUMNS, [])
+    assert [one.length for one in found] == [6, 6, 6]
 
 
 def test_too_many_broken_samples_stop_the_job(tmp_path):

@@ -617,7 +617,7 @@ class _Scan:
             **found.place,
             "key": found.key,
             "length": found.length,
-            "licence": None if licence is None else str(licence),
+            "licence": None if licence is None else image_text.storable(str(licence)),
         }
         row["reason"], detail = self._unlooked(found), found.detail
         if row["reason"] is None:
@@ -655,7 +655,8 @@ class _Scan:
         return shown
 
     def _record(self, number: int | None, key: str | None, reason: str, found: str) -> dict[str, Any]:
-        return {"input": self._shard.url, "record": number, "key": key, "reason": reason, "found": found[:EXCERPT]}
+        excerpt = image_text.storable(found[:EXCERPT])
+        return {"input": self._shard.url, "record": number, "key": key, "reason": reason, "found": excerpt}
 
     def _require_usable(self) -> None:
         broken = Counter({name: count for name, count in self._reasons.items() if name in BROKEN})

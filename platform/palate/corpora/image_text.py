@@ -9,6 +9,7 @@ the reason. Memory: a sample, or ``PARQUET_ROWS`` rows of a Parquet file.
 """
 
 import codecs
+import errno
 import hashlib
 import json
 import os
@@ -386,15 +387,14 @@ def _list_problem(name: str, values: Any, parts: tuple[str, str]) -> str:
     return ""
 
 
+def storable(text: str) -> str:
+    """The text with question marks for lone surrogates (``\\ud800`` in JSON), which no file or table can hold."""
+    return text.encode(errors="replace").decode()
+
+
 def _is_text(value: Any) -> bool:
-    """Whether it is text that UTF-8 can hold, which lone surrogates (``\\ud800`` in JSON) are not."""
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    """Whether it is text that can be stored, and so tokenized."""
+    return isinstance(value, str) and storable(value) == value
 
 
 # Parquet
@@ -440,7 +440,15 @@ def _schema(url: str) -> pa.Schema:
         with filesystem.open(path, "rb") as stream:
             return pq.read_schema(stream)
     except (pa.ArrowException, OSError) as error:
+        _require_damage(error)
         raise Damaged(f"no Parquet file that can be read ({error})") from None
+
+
+def _require_damage(error: Exception) -> None:
+    """Raise again what is no fault of the file, which another try may read: no memory, or an error of the system's,
+    with its number. Arrow's ``OSError`` of a page that it cannot decode has none."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+        raise error
 
 
 def _listed(schema: pa.Schema) -> str:
@@ -480,6 +488,7 @@ def read_parquet(file: Path, columns: Columns, wanted: Sequence[str]) -> Iterato
                     yield _parquet_sample(key, row, values, columns, {name: values[name] for name in others})
                     row += 1
     except (pa.ArrowException, OSError) as error:
+        _require_damage(error)
         raise Damaged(f"no Parquet file that can be read whole ({error})") from None
 
 
@@ -522,7 +531,7 @@ def read_llava(file: Path, root: str) -> Iterator[Found]:
                 detail = f"found {type(record).__name__}, expected an object"
                 yield Found(str(number), place=place, reason=RECORD, detail=detail)
                 continue
-            key = str(record.get("id", number))
+            key = storable(str(record.get("id", number)))
             yield _llava_sample(Found(key, columns=record, place=place), record, root)
 
 
@@ -530,7 +539,7 @@ def _llava_sample(found: Found, record: Mapping[str, Any], root: str) -> Found:
     image = record.get("image")
     if image is None or isinstance(image, list):
         return replace(found, reason=NOT_ONE_IMAGE)
-    if not isinstance(image, str) or image.startswith("/") or ".." in image.split("/"):
+    if not _is_text(image) or "\0" in image or image.startswith("/") or ".." in image.split("/"):
         return replace(found, reason=RECORD, detail=f"image: found {image!r}, expected a path under --images")
     found = _told(found, record, "expected conversations of {from, value}")
     if found.reason is not None:
@@ -538,7 +547,9 @@ def _llava_sample(found: Found, record: Mapping[str, Any], root: str) -> Found:
     filesystem, inside = locate(root)
     try:
         content = filesystem.cat_file(f"{inside}/{image}", start=0, end=MAX_BYTES + 1)
-    except (FileNotFoundError, IsADirectoryError):
+    except OSError as error:
+        if not isinstance(error, _ABSENT) and error.errno != errno.ENAMETOOLONG:
+            raise
         return replace(found, reason=NO_IMAGE, detail=f"there is no file {image}")
     if len(content) > MAX_BYTES:
         return replace(found, reason=TOO_LARGE, detail=image)
@@ -595,5 +606,6 @@ def _list_ranges(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         start, text, position = start + position, text[position:] + more.decode("latin-1"), 0
 
 
+_ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _BLOCK = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
