@@ -18,10 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 
 import toy_shards as toy
+import toy_training
 from palate import artifacts
 from palate.corpora.pictures import decode_image
 from palate.distributed.launch import is_final
 from palate.training import shards, stream
+from palate.training.loop import LoopConfig, OtherRankFailed, train
+from palate.training.parallel import World
 from palate.training.shards import Cache, CacheTooSmall, IndexMismatch, ShardSource, Unreachable
 from palate.training.stream import CorruptSample, Stream
 
@@ -267,6 +270,62 @@ def test_equal_fingerprints_and_values_on_1_and_3_ranks(tmp_path):
     assert all(len(fingerprints) == 1 and len(values) == 7 for fingerprints, values in one)
     epoch = [value[0] for _, values in one for value in values][:33]
     assert sorted(epoch) == [f"{n:06d}" for n in range(33)]
+
+
+class Rank(World):
+    """One of two ranks in threads; ``met`` and ``slots`` are shared."""
+
+    def __init__(self, rank, met, slots):
+        super().__init__(rank, 2)
+        object.__setattr__(self, "met", met)
+        object.__setattr__(self, "slots", slots)
+
+    def gather(self, value):
+        self.slots[self.rank] = value
+        self.met.wait(20)
+        found = list(self.slots)
+        self.met.wait(20)
+        return found
+
+    def barrier(self):
+        self.gather(None)
+
+    def sum_(self, tensors):
+        for tensor, *all_ in zip(tensors, *self.gather([tensor.clone() for tensor in tensors]), strict=True):
+            tensor.copy_(sum(all_))
+
+
+@pytest.mark.parametrize("read_ahead", [0, 2])
+def test_a_shard_that_one_rank_cannot_read_ends_the_step_on_all_ranks(tmp_path, read_ahead):
+    """Else the others would wait a day for it."""
+    index, _ = toy.mixed(tmp_path / "data", counts=(11, 13, 9))
+    samples = toy_training.source().samples
+    met, slots, errors = threading.Barrier(2), [None, None], {}
+
+    def work(rank):
+        def decode(sample, seed):
+            if rank == 1 and int(sample.key) > 20:
+                raise IndexMismatch("another file")
+            return samples[int(sample.key)]
+
+        model = toy_training.Toy(0.0)
+        batches = Stream([source(tmp_path, index, decode)], 4)
+        config = LoopConfig(12, tensorboard=False, read_ahead=read_ahead)
+        try:
+            world = Rank(rank, met, slots)
+            groups = toy_training.groups(model)
+            train(model, groups, batches, toy_training.weigh, toy_training.loss, config, tmp_path / "run", world)
+        except Exception as error:
+            errors[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert isinstance(errors[1], IndexMismatch)
+    assert isinstance(errors[0], OtherRankFailed)
+    assert "rank 1: IndexMismatch: another file" in str(errors[0])
 
 
 def test_remote_shards_are_fetched_once_and_bounded(tmp_path, s3_url, caplog):

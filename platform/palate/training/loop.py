@@ -27,7 +27,7 @@ from palate.config import identity as identity_fields
 from palate.config import scale
 from palate.training import guards, parallel
 from palate.training.checkpoints import Store
-from palate.training.loading import Ahead
+from palate.training.loading import Ahead, Step
 from palate.training.logging import RunLog
 from palate.training.parallel import Precision, World
 from palate.training.preemption import Notice
@@ -127,6 +127,10 @@ class TrainingSummary:
     seconds: float
 
 
+class OtherRankFailed(RuntimeError):
+    """Another rank could not load its part of a batch, and raises why. Without this, the others would wait for it."""
+
+
 @dataclass
 class _State:
     """What a checkpoint keeps beside weights, moments and random states."""
@@ -182,6 +186,7 @@ def train(
         ArtifactMismatch: the folder holds another run; the message names what differs.
         TrainingStopped: a guard ended the run (see ``guards``).
         Preempted: SIGTERM ended it; the next run goes on from the step that the message names.
+        OtherRankFailed: another rank could not load its samples; that one raises what its source raised.
         SaveFailed, or what writing raised: a checkpoint could not be written; raised at a later step, or at the end.
         ValueError: the groups or what ``weigh`` returns do not fit.
     """
@@ -303,10 +308,12 @@ class _Run:
     def step(self) -> dict[str, float]:
         """One update; returns the step, the loss and the metrics of the global batch."""
         state, number, started = self.state, self.state.step + 1, time.perf_counter()
-        units, cursors, loaded = self.data.take()
+        taken, weights, failure = self._load()
         waited = time.perf_counter() - started
+        totals = self._totals(taken.loaded if taken else (), weights, failure)
+        assert taken is not None  # or it would have raised
+        units, cursors, loaded = taken
         mine = part(units, self.world.rank, self.world.size)
-        totals = self._totals(loaded)
         active = [group for group in self.groups if totals.get(group.name, 0) > 0]
         if totals and not totals.keys() & {group.name for group in self.groups}:
             raise ValueError(
@@ -345,11 +352,25 @@ class _Run:
             self.log.step(row, amounts, self.flops(totals) if self.flops and totals else None)
         return {"step": number, "loss": loss, **metrics}
 
-    def _totals(self, loaded: Sequence[Loaded]) -> dict[str, float]:
-        """The totals of the global batch; ledgers its unreadable samples."""
-        weights = [self.weigh(item.value) for item in loaded if item.value is not None]
-        gathered = self.world.gather([_sum(weights), [bad for item in loaded for bad in item.corrupt]])
-        if corrupt := [bad for _, theirs in gathered for bad in theirs]:
+    def _load(self) -> tuple[Step | None, dict[str, float], Exception | None]:
+        """The next step and the weights of this rank's samples, or the error that all ranks have yet to hear of."""
+        try:
+            taken = self.data.take()
+            return taken, _sum([self.weigh(item.value) for item in taken.loaded if item.value is not None]), None
+        except Exception as error:
+            return None, {}, error
+
+    def _totals(
+        self, loaded: Sequence[Loaded], weights: Mapping[str, float], failure: Exception | None
+    ) -> dict[str, float]:
+        """The totals of the global batch; ledgers its unreadable samples. Raises on all ranks where one has failed."""
+        reason = None if failure is None else f"{type(failure).__name__}: {failure}"
+        gathered = self.world.gather([weights, [bad for item in loaded for bad in item.corrupt], reason])
+        if failure is not None:
+            raise failure
+        if failed := [f"rank {rank}: {reason}" for rank, (_, _, reason) in enumerate(gathered) if reason is not None]:
+            raise OtherRankFailed(f"step {self.state.step + 1}: the batch could not be loaded; {'; '.join(failed)}")
+        if corrupt := [bad for _, theirs, _ in gathered for bad in theirs]:
             if not self.state.corrupt and self.world.main:
                 log.warning(
                     "samples cannot be read, and are left out; see corrupt.jsonl. The first one: %s", corrupt[0]
@@ -362,7 +383,7 @@ class _Run:
                     f"step {self.state.step + 1}: {self.state.corrupt} samples could not be read, but max_corrupt is "
                     f"{self.config.max_corrupt}; the last one: {corrupt[-1]}. See corrupt.jsonl; prepare the data again"
                 )
-        return _sum([theirs for theirs, _ in gathered])
+        return _sum([theirs for theirs, _, _ in gathered])
 
     def _backward(
         self, units: Sequence[Unit], mine: Sequence[tuple[Unit, Any]], totals: Mapping[str, float]
