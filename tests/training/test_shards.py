@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,11 @@ from palate import artifacts
 from palate.corpora.pictures import decode_image
 from palate.distributed.launch import is_final
 from palate.training import shards, stream
+from palate.training.loading import Ahead
 from palate.training.loop import LoopConfig, OtherRankFailed, train
 from palate.training.parallel import World
 from palate.training.shards import Cache, CacheTooSmall, IndexMismatch, ShardSource, Unreachable
-from palate.training.stream import CorruptSample, Stream
+from palate.training.stream import CorruptSample, Cursor, Stream
 
 
 def raw(sample, seed):
@@ -35,6 +37,10 @@ def raw(sample, seed):
 
 def source(tmp_path, index, decode=raw, max_bytes=1 << 30, **options):
     return ShardSource(index, decode, Cache(tmp_path / "cache", max_bytes), **options)
+
+
+def unpacked_size(images):
+    return [shards._unpacked_size(shard, images._columns, time.sleep) for shard in images._shards]
 
 
 def cached(tmp_path):
@@ -379,7 +385,7 @@ def test_a_remote_shard_that_changed_or_went_is_an_error(tmp_path, s3_url, monke
         source(tmp_path, index).load(0, 0)
     assert cached(tmp_path) == []
     pauses = []
-    monkeypatch.setattr(shards.time, "sleep", pauses.append)
+    monkeypatch.setattr(Cache, "pause", lambda self, seconds: pauses.append(seconds))
     monkeypatch.setattr(filesystem, "get_file", lambda *_: (_ for _ in ()).throw(ConnectionError("no route")))
     with pytest.raises(Unreachable, match=r"s3://.*2.tar cannot be read: no route"):
         source(tmp_path, index).load(12, 0)
@@ -399,6 +405,33 @@ def test_a_full_disk_is_not_the_storages_fault(tmp_path, s3_url, monkeypatch):
     monkeypatch.setattr(artifacts.locate(s3_url)[0], "get_file", lambda *_: (_ for _ in ()).throw(full))
     with pytest.raises(OSError, match="No space left"):
         source(tmp_path, index).load(0, 0)
+
+
+def test_a_run_that_ends_waits_neither_for_room_nor_for_storage(tmp_path, s3_url, monkeypatch):
+    """The machine may be taken away 30 s after its notice."""
+    index, items = toy.remote(tmp_path, s3_url, formats=("tar", "tar"))
+    filesystem, asked = artifacts.locate(s3_url)[0], threading.Event()
+
+    def fail(*_):
+        asked.set()
+        raise ConnectionError("no route")
+
+    images = source(tmp_path, index)
+    with monkeypatch.context() as patched:
+        patched.setattr(filesystem, "get_file", fail)
+        ahead = Ahead(Stream([images], 4), (Cursor(),), 0, 1, steps=2, readers=2)
+        assert asked.wait(20)
+        started = time.monotonic()
+        ahead.close()
+    assert time.monotonic() - started < 20
+    images._cache.max_bytes = (tmp_path / "0.tar").stat().st_size
+    with images._cache._locked("others"):
+        half = images._cache.folder / f"others.{images._cache.max_bytes}.part"
+        half.touch()
+        ahead = Ahead(Stream([images], 4), (Cursor(),), 0, 1, steps=2, readers=2)
+        time.sleep(0.2)
+        ahead.close()
+    assert images.load(0, 0).image == items[0][1]  # a source that is used again waits again
 
 
 def test_all_sources_that_share_a_cache_hold_few_files_open(tmp_path, monkeypatch):
@@ -580,7 +613,7 @@ def test_a_remote_parquet_shard_needs_room_for_both_its_forms_at_once(tmp_path, 
     index, items = toy.remote(tmp_path, s3_url, formats=("parquet",))
     bytes_ = (tmp_path / "0.parquet").stat().st_size
     images = source(tmp_path, index)
-    unpacked = shards._unpacked_size(images._shards[0], images._columns)
+    unpacked = unpacked_size(images)[0]
     with pytest.raises(CacheTooSmall, match="raise --cache-gb"):  # each alone would fit
         source(tmp_path, index, max_bytes=bytes_ + unpacked - 1).load(0, 0)
     assert source(tmp_path, index, max_bytes=bytes_ + unpacked).load(0, 0).image == items[0][1]
@@ -590,7 +623,7 @@ def test_a_remote_parquet_shard_needs_room_for_both_its_forms_at_once(tmp_path, 
 def test_many_threads_unpack_remote_parquet_shards_in_a_cache_with_room_for_one(tmp_path, s3_url):
     index, items = toy.remote(tmp_path, s3_url, formats=("parquet",) * 3)
     images = source(tmp_path, index)
-    room = max(shards._unpacked_size(shard, images._columns) + shard.bytes for shard in images._shards)
+    room = max(size + shard.bytes for size, shard in zip(unpacked_size(images), images._shards, strict=True))
     images = source(tmp_path, index, max_bytes=room)
     found = {}
     threads = [
@@ -659,7 +692,7 @@ def test_the_room_of_an_unpacked_shard_is_known_before(tmp_path):
         assert images.load(99, 0).image == items[99][1]
         size = cached(tmp_path / str(nested))[0].stat().st_size
         assert path.stat().st_size * 5 < size
-        assert size <= shards._unpacked_size(images._shards[0], images._columns) <= 1.1 * size
+        assert size <= unpacked_size(images)[0] <= 1.1 * size
 
 
 def test_an_index_in_object_storage_is_read_shard_by_shard(tmp_path, s3_url):

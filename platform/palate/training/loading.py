@@ -75,14 +75,20 @@ class Ahead:
         return Step(units, cursors, loaded)
 
     def close(self) -> None:
-        """Stop; what is being read or fetched is waited for."""
+        """Stop; what is being read or fetched is waited for, but not what is waited for itself, such as storage that
+        does not answer."""
         if self._closed or not self._steps:
             return
         self._closed = True
         self._free.release()
+        waiting: list[Any] = [source for source in self._stream.sources if hasattr(source, "end_waits")]
+        for source in waiting:
+            source.end_waits(True)
         self._planner.join()
         self._readers.shutdown(cancel_futures=True)
         self._fetchers.shutdown(cancel_futures=True)
+        for source in waiting:
+            source.end_waits(False)
 
     def _mine(self, units: list[Unit]) -> Sequence[Unit]:
         return part(units, self._rank, self._size)

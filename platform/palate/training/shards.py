@@ -51,6 +51,7 @@ LOCAL = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
 BLOCK = 512  # of a tar
 
 T = TypeVar("T")
+Pause = Callable[[float], None]  # for some seconds; may raise WaitEnded
 log = logging.getLogger(__name__)
 
 
@@ -64,6 +65,10 @@ class CacheTooSmall(ArtifactError):
 
 class Unreachable(ArtifactError):
     """Object storage does not answer. Not the sample's fault: the run stops, and goes on when it is started again."""
+
+
+class WaitEnded(Exception):
+    """Nobody wants any more what was waited for."""
 
 
 class Descriptor:
@@ -124,6 +129,7 @@ class Cache:
         self.folder, self.max_bytes, self.flag = Path(folder) / OWN, max_bytes, flag
         self.sources = 0  # that share it
         self.handles: Handles[Any] = Handles(_most_open())
+        self._ended = threading.Event()
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
 
     def find(self, name: str) -> Descriptor | None:
@@ -156,6 +162,14 @@ class Cache:
             while made is None:
                 made, size = self._make(name, size, what, make, passing)
         return made
+
+    def end_waits(self, ended: bool) -> None:
+        """Whether waits in this process, for room or for storage that does not answer, are to raise ``WaitEnded``."""
+        (self._ended.set if ended else self._ended.clear)()
+
+    def pause(self, seconds: float) -> None:
+        if self._ended.wait(seconds):
+            raise WaitEnded
 
     def drop(self, name: str) -> None:
         """Forget a file before its turn."""
@@ -193,7 +207,7 @@ class Cache:
         """Take ``size`` bytes by creating ``half``, as soon as they fit."""
         seen, since = self._halves(), time.monotonic()
         while not self._room(size, half.touch):
-            time.sleep(0.05)  # what others are writing fills the cache
+            self.pause(0.05)  # what others are writing fills the cache
             if (now := self._halves()) != seen:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > PATIENCE:
@@ -382,7 +396,7 @@ class ShardSource:
         shard, row = self._place(index)
         handle, columns = self._handle(shard), self._index(shard)
         try:
-            return self._decode(_read(self._shards[shard], columns, row, handle), seed)
+            return self._decode(_read(self._shards[shard], columns, row, handle, self._cache.pause), seed)
         except (ValueError, OSError, SyntaxError) as reason:  # SyntaxError: Pillow's, of a broken PNG
             if isinstance(reason, OSError) and reason.errno in LACKING:
                 raise
@@ -396,6 +410,10 @@ class ShardSource:
         """Bring a shard near; raises what ``load`` does."""
         if self._shards[block].cached:
             self._handle(block)
+
+    def end_waits(self, ended: bool) -> None:
+        """Whether threads that wait in ``load`` or ``fetch`` are to give up, as when a run ends."""
+        self._cache.end_waits(ended)
 
     def fetchable(self, blocks: Sequence[int]) -> list[int]:
         """The first of ``blocks``, those of two windows, that have room in the cache together."""
@@ -463,7 +481,10 @@ class ShardSource:
         filesystem, path = artifacts.locate(shard.url)
         if not artifacts.is_local(filesystem):
             return self._cache.open(
-                f"{shard.sha256}.{shard.format}", shard.bytes, f"shard {shard.url}", lambda copy: _download(shard, copy)
+                f"{shard.sha256}.{shard.format}",
+                shard.bytes,
+                f"shard {shard.url}",
+                lambda copy: _download(shard, copy, self._cache.pause),
             )
         try:
             found = Descriptor(path)
@@ -489,7 +510,7 @@ class ShardSource:
                 return
             copy = beside(target)
             try:
-                _download(shard, copy)
+                _download(shard, copy, self._cache.pause)
                 _unpack(shard, copy, self._columns, target, last)
             finally:
                 copy.unlink(missing_ok=True)
@@ -497,7 +518,7 @@ class ShardSource:
         for _ in range(2):
             descriptor = self._cache.find(name)
             if descriptor is None:
-                size, passing = _unpacked_size(shard, self._columns), 0 if local else shard.bytes
+                size, passing = _unpacked_size(shard, self._columns, self._cache.pause), 0 if local else shard.bytes
                 descriptor = self._cache.open(name, size, f"shard {shard.url}", make, passing)
             with pa.memory_map(descriptor.path) as file:
                 reader = pa.ipc.open_file(file)
@@ -535,13 +556,13 @@ class Lengths(Sequence[int]):
         return self._tokens(characters)
 
 
-def _read(shard: _Shard, index: Mapping[str, Any], row: int, handle: _Handle) -> RawSample:
+def _read(shard: _Shard, index: Mapping[str, Any], row: int, handle: _Handle, pause: Pause) -> RawSample:
     key = index["key"][row].as_py()
     if shard.format == "tar":
         return _read_tar(shard, key, {name: int(index[name][row]) for name in index if name != "key"}, handle)
     if shard.format == "parquet":
         return _read_parquet(shard, key, int(index["row"][row]), handle)
-    return _read_llava(shard, key, int(index["json_offset"][row]), int(index["json_size"][row]), handle)
+    return _read_llava(shard, key, int(index["json_offset"][row]), int(index["json_size"][row]), handle, pause)
 
 
 def _read_tar(shard: _Shard, key: str, place: Mapping[str, int], handle: _Handle) -> RawSample:
@@ -592,7 +613,7 @@ def _read_parquet(shard: _Shard, key: str, row: int, handle: _Handle) -> RawSamp
     return RawSample(key, image, None if caption is None else caption.decode(), None)
 
 
-def _read_llava(shard: _Shard, key: str, offset: int, size: int, handle: _Handle) -> RawSample:
+def _read_llava(shard: _Shard, key: str, offset: int, size: int, handle: _Handle, pause: Pause) -> RawSample:
     try:
         record = _record(handle.descriptor.read(offset, size))
     except ValueError as error:
@@ -605,7 +626,7 @@ def _read_llava(shard: _Shard, key: str, offset: int, size: int, handle: _Handle
     filesystem, path = artifacts.locate(artifacts.join(shard.root, image.lstrip("/")))
     if artifacts.is_local(filesystem):
         return RawSample(key, Path(path).read_bytes(), None, record)
-    return RawSample(key, _reached(lambda: bytes(filesystem.cat_file(path)), path), None, record)
+    return RawSample(key, _reached(lambda: bytes(filesystem.cat_file(path)), path, pause), None, record)
 
 
 def _record(content: bytes) -> dict[str, Any]:
@@ -615,10 +636,10 @@ def _record(content: bytes) -> dict[str, Any]:
     return record
 
 
-def _download(shard: _Shard, target: Path) -> None:
+def _download(shard: _Shard, target: Path, pause: Pause) -> None:
     filesystem, path = artifacts.locate(shard.url)
     try:
-        _reached(lambda: filesystem.get_file(path, str(target)), shard.url)
+        _reached(lambda: filesystem.get_file(path, str(target)), shard.url, pause)
     except FileNotFoundError:
         raise shard.stale("it is gone") from None
     if (size := target.stat().st_size) != shard.bytes:
@@ -627,7 +648,7 @@ def _download(shard: _Shard, target: Path) -> None:
         raise shard.stale(f"its sha256 is {found[:12]}…, but was {shard.sha256[:12]}…")
 
 
-def _reached(action: Callable[[], T], url: str) -> T:
+def _reached(action: Callable[[], T], url: str, pause: Pause) -> T:
     """What ``action`` gives, tried again where object storage fails (each fsspec package has exceptions of its own).
 
     Raises:
@@ -647,7 +668,7 @@ def _reached(action: Callable[[], T], url: str) -> T:
                 raise Unreachable(
                     f"{url} cannot be read: {error}. Check the network and the credentials, and start the run again"
                 ) from None
-            time.sleep(2.0 ** (TRIES - left - 1))
+            pause(2.0 ** (TRIES - left - 1))
     raise AssertionError("unreachable")
 
 
@@ -689,7 +710,7 @@ def _unpack(shard: _Shard, parquet: str | Path, columns: Mapping[str, str], targ
         raise shard.stale(f"it has no row {last}, but {rows} rows")
 
 
-def _unpacked_size(shard: _Shard, columns: Mapping[str, str]) -> int:
+def _unpacked_size(shard: _Shard, columns: Mapping[str, str], pause: Pause) -> int:
     """Bytes of what ``_unpack`` writes, by the Parquet file's own metadata. (Cells that repeat may take more.)"""
     filesystem, path = artifacts.locate(shard.url)
 
@@ -698,7 +719,7 @@ def _unpacked_size(shard: _Shard, columns: Mapping[str, str]) -> int:
             return pq.read_metadata(file)
 
     try:
-        metadata = read() if artifacts.is_local(filesystem) else _reached(read, shard.url)
+        metadata = read() if artifacts.is_local(filesystem) else _reached(read, shard.url, pause)
     except (FileNotFoundError, pa.ArrowException):
         return shard.cached  # what is wrong with it is found, and said, when it is fetched and hashed
     size = 0
