@@ -248,6 +248,7 @@ def test_records_that_training_could_not_take_are_left_out(tmp_path, form):
         run(tmp_path, images=str(tmp_path / "root"), fresh=True)
 
 
+@pytest.mark.slow  # imports the model
 def test_conversations_are_those_that_training_takes():
     from palate.unihetero import phrasing
 
