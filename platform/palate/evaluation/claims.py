@@ -263,7 +263,8 @@ def markdown(found: Findings) -> str:
         for loss in ("semantic", "pixel"):
             pairs = [[_logged(curves, f"{what}/{loss}/{layer}") for what in ("ratio", "cosine")] for layer in layers]
             if any(None not in pair for pair in pairs):
-                rows.append([arm, loss, *("" if None in pair else "{:.3f}, {:+.3f}".format(*pair) for pair in pairs)])
+                shown = ["" if r is None or c is None else f"{r:.3f}, {c:+.3f}" for r, c in pairs]
+                rows.append([arm, loss, *shown])
     return "\n".join([*lines, *_table(rows), ""])
 
 
