@@ -103,11 +103,8 @@ def test_a_killed_process_goes_on_with_the_same_bits(parts, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = run_logs.read(out / "training")
     assert [row["step"] for row in found] == list(range(1, 41))
-    for row in found:
-        assert (row["fingerprint"], row["loss"]) == (
-            expected[row["step"]]["fingerprint"],
-            expected[row["step"]]["loss"],
-        )
+    for row, other in zip(found, expected, strict=True):
+        assert (row["fingerprint"], row["loss"]) == (other["fingerprint"], other["loss"])
     files = [(run / "model" / "model.safetensors").read_bytes() for run in (out, whole)]
     assert files[0] == files[1]
 
