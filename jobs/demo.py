@@ -83,7 +83,7 @@ class DemoConfig:
     """Of training the image generator from nothing."""
     scenes: bool = scale(True)
     """And with scenes: UniHetero on questions about coloured shapes."""
-    scene_steps: int = 150
+    scene_steps: int = 120
     """Of training the unified model, 32 scenes each."""
     fresh: bool = scale(False)
     """Discard what --out holds and begin anew."""
@@ -251,7 +251,7 @@ def ask_about_a_scene(config: DemoConfig) -> None:
     """Train a small unified model on captioned scenes with questions, and ask it about one that it has not seen."""
     folder = partial(join, config.out)
     corpus = scenes.prepare(
-        scenes.ScenesConfig(out=folder("scenes"), encoder=1000, train=5000, validation=1, test=100, fresh=config.fresh)
+        scenes.ScenesConfig(out=folder("scenes"), encoder=600, train=4000, validation=1, test=60, fresh=config.fresh)
     )
     index = captions.prepare(
         CaptionsConfig(
@@ -263,7 +263,7 @@ def ask_about_a_scene(config: DemoConfig) -> None:
     )
     parts = make_parts(
         PartsConfig(
-            corpus=corpus.url, out=folder("scene-parts"), encoder_steps=100, autoencoder_steps=25, fresh=config.fresh
+            corpus=corpus.url, out=folder("scene-parts"), encoder_steps=50, autoencoder_steps=25, fresh=config.fresh
         )
     )
     settings = TrainConfig(

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from palate.corpora.pictures import DECODED as DECODED
-from palate.corpora.pictures import as_seen
+from palate.corpora.pictures import DECODED, as_seen
 
 BITS = 64
 SIDE, FREQUENCIES = 32, 8

@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from palate.artifacts import locate
-from palate.corpora.duplicates import DECODED
 from palate.corpora.image_text import PARQUET_ROWS, Columns, Shard, cell_bytes
-from palate.corpora.pictures import as_seen
+from palate.corpora.pictures import DECODED, as_seen
 
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 BLOCK = 512

@@ -16,11 +16,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from palate.corpora.image_text import HUMAN
 from palate.unihetero.model import UniHeteroConfig
 from palate.unihetero.samples import IGNORED, Sample, Segment
 
 IMAGE_TOKENS = ("<image_start>", "<image>", "<image_end>")
-HUMAN = ("human", "user")
+
 PLACEHOLDER = "<image>"  # in conversations, as LLaVA writes it
 
 
