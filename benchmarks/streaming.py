@@ -4,7 +4,7 @@
     python benchmarks/streaming.py --restart         an index of 20,000 shards opened, the first batch decoded
     python benchmarks/streaming.py --throughput      against webdataset, same shards and decode, local and from S3
 
-With ``grain`` installed (it is no dependency), it reads the Parquet form of the same shards; tar it does not read.
+With ``grain`` installed (`pip install .[bench]`), it reads the Parquet form of the same shards; tar it does not read.
 
 Variants take turns and a ratio is the median over the turns, so that a machine shared with others slows all alike;
 only ratios mean anything there. S3 is a ``moto`` server in another process; the cache is empty before every turn.

@@ -83,7 +83,7 @@ class DemoConfig:
     """Of training the image generator from nothing."""
     scenes: bool = scale(True)
     """And with scenes: UniHetero on questions about coloured shapes."""
-    scene_steps: int = 120
+    scene_steps: int = 100
     """Of training the unified model, 32 scenes each."""
     fresh: bool = scale(False)
     """Discard what --out holds and begin anew."""
