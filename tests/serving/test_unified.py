@@ -134,7 +134,9 @@ def test_embeddings_of_tokens_are_the_tokens(served: ServedUnified) -> None:
     given = served.model.get_input_embeddings()(torch.tensor(ids)).detach()
     engine = Engine(served.loaded, slots=2, max_length=64, prefill_tokens=3)
     one, other = engine.generate([Request(ids, max_new_tokens=8), Request(ids, max_new_tokens=8, embeddings_Td=given)])
-    assert one == other
+    assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
+    # Two rows of one product are not bit for bit alike when several threads share it.
+    assert one.log_probs == pytest.approx(other.log_probs, rel=1e-5)
 
 
 def test_conversations_are_put_as_in_training(served: ServedUnified) -> None:

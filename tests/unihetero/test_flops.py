@@ -158,4 +158,5 @@ def test_a_matmul() -> None:
 def test_shapes_of_other_encoders() -> None:
     config = tiny("encoder")
     config.vision_config = AutoConfig.for_model("siglip_vision_model", image_size=32, patch_size=8)
+    config.image_size = 32
     assert counts.shape_of(config).vision.patches == 16  # type: ignore[union-attr]
