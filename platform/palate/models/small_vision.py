@@ -43,7 +43,7 @@ def train_encoder(
     *,
     steps: int = 3000,
     batch: int = 64,
-    rate: float = 1.5e-3,
+    rate: float = 3e-3,
     seed: int = 0,
 ) -> ViTModel:
     """An encoder that was trained to tell half of the patches from the other half."""

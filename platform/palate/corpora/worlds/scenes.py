@@ -1,13 +1,12 @@
 """A synthetic world of scenes with several coloured shapes, with captions, and questions whose answers are known.
 
-A scene holds one to four shapes, each in a place of its own of a grid of four by four, named as squares of a
-chessboard: columns a to d from the left, rows 1 to 4 from the top. A caption names all of them; a question asks for
-one fact:
+A scene holds one to four shapes, each in a place of its own: a1 and b1 above, a2 and b2 below. A caption names all of
+them; a question asks for one fact:
 
     shape     "what is the red one"           where just one object is red
     colour    "which colour is the circle"    where there is just one circle
     place     "where is the red circle"       where there is just one
-    at        "what is at b3"                 a shape, or nothing
+    at        "what is at b2"                 a shape, or nothing
     count     "how many are there", "how many circles are there"
 
 The artifact holds WebDataset shards, ``KEY.png``, ``KEY.txt`` (the caption), ``KEY.json`` (``Described``), in a
@@ -40,11 +39,11 @@ from palate.corpora.worlds.shapes import HUES, SHAPES, Array, encode_png
 KIND = "captioned-scenes"
 SIDE = 32  # pixels of an image
 MOST = 4  # objects of a scene
-GRID = 4  # places of a side
-PLACES = tuple(f"{column}{row}" for row in "1234" for column in "abcd")
+GRID = 2  # places of a side
+PLACES = tuple(f"{column}{row}" for row in "12" for column in "ab")
 COUNTS = ("zero", "one", "two", "three", "four")
-RADII = (2.6, 3.8)  # of the circle of about the same area, in pixels
-JITTER = 1.0  # pixels that a shape may be off its place's centre, at most
+RADII = (4.6, 6.4)  # of the circle of about the same area, in pixels
+JITTER = 1.5  # pixels that a shape may be off its place's centre, at most
 SPLITS = ("encoder", "train", "validation", "test")
 PLURALS = {shape: f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES}
 KINDS = ("shape", "colour", "place", "at", "count")
