@@ -12,7 +12,7 @@ from palate.corpora.worlds import scenes
 from palate.evaluation import claims
 from palate.unihetero import sweep as sweeping
 from palate.unihetero.parts import PartsConfig, make_parts
-from palate.unihetero.scene_runs import RunConfig
+from palate.unihetero.runs import RunConfig
 from palate.unihetero.sweep import SweepConfig, check_same_data, read_runs, tasks
 
 ARMS = ("understanding", "embedding", "encoder", "decoder")
@@ -103,7 +103,7 @@ def test_a_longer_run_goes_on_from_a_shorter_one(settings, finished, tmp_path):
 
 
 def test_what_is_finished_is_not_run_again(settings, finished, monkeypatch):
-    monkeypatch.setattr("palate.unihetero.scene_runs.pretrain", None)  # would fail if it were called
+    monkeypatch.setattr("palate.unihetero.runs.pretrain", None)  # would fail if it were called
     assert len(sweeping.sweep(settings)) == len(finished)
 
 

@@ -33,7 +33,7 @@ from palate.unihetero.sweep import BASELINE, check_same_data
 
 Floats = NDArray[np.float64]
 MARGIN = 0.01  # of accuracy: what "not worse" means in claim 3; fixed before any run
-KINDS = ("all", "shape", "colour", "place", "at", "count")
+LOSSES = ("text_loss", "text_only_loss")
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,9 @@ def curves_of(runs: Sequence[dict[str, Any]]) -> dict[str, Curves]:
     for arm, members in by_arm.items():
         sizes = sorted(set.intersection(*({p["samples"] for p in one["points"]} for one in members)))
         points = [{p["samples"]: p for p in one["points"]} for one in members]
-        scores = {kind: np.array([[p[n]["accuracy"][kind] for n in sizes] for p in points]) for kind in KINDS}
-        scores |= {
-            name: np.array([[p[n][name] for n in sizes] for p in points]) for name in ("text_loss", "text_only_loss")
-        }
+        kinds = members[0]["points"][0]["accuracy"]
+        scores = {kind: np.array([[p[n]["accuracy"][kind] for n in sizes] for p in points]) for kind in kinds}
+        scores |= {name: np.array([[p[n][name] for n in sizes] for p in points]) for name in LOSSES}
         seeds = tuple(one["seed"] for one in members)
         found[arm] = Curves(arm, seeds, tuple(sizes), scores, float(members[0]["flops_per_sample"]), tuple(members))
     return found
@@ -175,6 +174,8 @@ def _probes(curves: Mapping[str, Curves]) -> dict[str, dict[str, SeedEstimate]]:
     found: dict[str, dict[str, SeedEstimate]] = {}
     base = dict(zip(curves[BASELINE].seeds, _final(curves[BASELINE]), strict=True))
     depths = list(next(iter(base.values()))["probes"])
+    if not depths:  # of images about which too little is known
+        return found
     for arm, mine in curves.items():
         if arm == BASELINE:
             continue
@@ -194,6 +195,8 @@ def _claim_3_scores(
     questions = _between(curves, "embedding", "encoder")
     if questions is None:
         return {}
+    if not probes:
+        return {"questions": questions}
     pair = curves["embedding"], curves["encoder"]
     means = []
     for seed in (seed for seed in pair[0].seeds if seed in pair[1].seeds):
@@ -239,9 +242,10 @@ def markdown(found: Findings) -> str:
         rows.append([arm, str(len(curves.seeds)), f"{curves.flops / base.flops:.2f}", *shown])
     lines += _table(rows)
     lines += ["", f"## Against {BASELINE} after {sizes[-1]:,} samples, paired over seeds", ""]
-    rows = [["arm", *KINDS, "text", "text only", "at equal FLOPs", "slope", "crossover"]]
+    kinds = [name for name in base.scores if name not in LOSSES]
+    rows = [["arm", *kinds, "text", "text only", "at equal FLOPs", "slope", "crossover"]]
     for arm, by in found.differences.items():
-        shown = [_shown(by[name]) for name in (*KINDS, "text_loss", "text_only_loss")]
+        shown = [_shown(by[name]) for name in (*kinds, *LOSSES)]
         equal = _shown(found.equal_flops[arm]) if arm in found.equal_flops else ""
         rows.append([arm, *shown, equal, _shown(found.slopes[arm]), str(found.crossings[arm])])
     lines += _table(rows)
@@ -251,10 +255,11 @@ def markdown(found: Findings) -> str:
         rows = [["", *(f"k = {k}" for k in ks)]]
         rows += [[name, *(_shown(by[k]) for k in ks)] for name, by in found.free_run.items()]
         lines += _table(rows)
-    lines += ["", f"## Probes against {BASELINE}, at the depth where both together are best", ""]
-    names = list(next(iter(found.probes.values()))) if found.probes else []
-    rows = [["arm", *names]] + [[arm, *(_shown(by[name]) for name in names)] for arm, by in found.probes.items()]
-    lines += _table(rows)
+    if found.probes:
+        lines += ["", f"## Probes against {BASELINE}, at the depth where both together are best", ""]
+        names = list(next(iter(found.probes.values())))
+        rows = [["arm", *names]] + [[arm, *(_shown(by[name]) for name in names)] for arm, by in found.probes.items()]
+        lines += _table(rows)
     lines += ["", "## How the gradients agree in the language model", ""]
     logged = [row["metrics"] for curves in found.curves.values() for one in curves.runs for row in one["log"]]
     layers = list(dict.fromkeys(name.split("/")[2] for row in logged for name in row if name.startswith("ratio/")))

@@ -1,10 +1,10 @@
-"""The frozen parts of the experiment on scenes, made once: a vision encoder and an autoencoder trained without
-labels, on images that stand in no other split, and what they and a random encoder give for every scene.
+"""The frozen parts of the experiment, made once: a vision encoder and an autoencoder trained without labels, on
+images that stand in no other split, and what they and a random encoder give for every image.
 
     vision/ random/ vae/          what transformers and diffusers load; vision/ with its image processor
-    language/                     a language model of random weights, whose tokenizer knows the scenes' words
+    language/                     a language model of random weights, whose tokenizer knows the corpus's words
     SPLIT.safetensors             features (N, P, s), random (N, P, s) and latents (N, P, c), float16
-    report.json                   how well linear probes read the encoders (see ``probes``)
+    report.json                   of scenes, how well linear probes read the encoders (see ``probes``)
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from transformers import ViTImageProcessor, ViTModel
 from palate import artifacts, progress
 from palate.artifacts import Artifact, Writer
 from palate.config import scale
+from palate.corpora import vqa
 from palate.corpora.worlds import scenes
 from palate.models import small_vision
 from palate.models.small_lm import small_llama, word_tokenizer
@@ -29,19 +30,19 @@ from palate.unihetero.model import UniHeteroConfig, grid
 from palate.unihetero.probes import probe
 
 KIND = "unihetero-parts"
-TOKENS = 16  # visual tokens of a scene
+TOKENS = 16  # visual tokens of an image
 MERGE: Literal["concatenate"] = "concatenate"  # how the encoder's patches become these
 WORDS = ("Caption:", "Question:", "Answer:")  # that stand around texts (``phrasing.Words``)
 _AT_ONCE = 256
-_PROBED = 4000  # training scenes that probes are fitted on
+_PROBED = 4000  # training images that probes are fitted on
 
 
 @dataclass(frozen=True)
 class PartsConfig:
-    """Train the frozen parts on a corpus of scenes, and encode its scenes."""
+    """Train the frozen parts on the images of a corpus, and encode all."""
 
     corpus: str
-    """Scenes (jobs/prepare.py scenes): a folder or URL."""
+    """Captioned images with questions (jobs/prepare.py scenes): a folder or URL."""
     out: str = scale()
     """Folder or URL of the parts."""
     encoder_steps: int = 16_000
@@ -66,9 +67,9 @@ class PartsConfig:
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """A split's scenes with what the parts give for them; tensors in the order of ``scenes.keys``."""
+    """A split's images with what the parts give for them; tensors in the order of ``examples.keys``."""
 
-    scenes: scenes.Split
+    examples: vqa.Split
     features_NPs: Tensor
     random_NPs: Tensor
     latents_NPc: Tensor
@@ -76,11 +77,12 @@ class EncodedSplit:
 
 def make_parts(config: PartsConfig) -> Artifact:
     """The parts at ``config.out``, unless they are there."""
-    corpus = artifacts.open_artifact(config.corpus, scenes.KIND)
+    corpus = artifacts.open_artifact(config.corpus, vqa.KIND)
+    meta = vqa.read_meta(corpus)
 
     def produce(writer: Writer) -> None:
-        settings = small_vision.vit_config(scenes.SIDE, config.patch, config.width, config.layers)
-        images = scenes.read_split(corpus, "encoder").images_N3HW
+        settings = small_vision.vit_config(meta.side, config.patch, config.width, config.layers)
+        images = vqa.read_split(corpus, "encoder").images_N3HW
         with progress.stage("vision encoder"):
             vision = small_vision.train_encoder(images, settings, steps=config.encoder_steps, seed=config.seed)
         with progress.stage("autoencoder"):
@@ -88,30 +90,34 @@ def make_parts(config: PartsConfig) -> Artifact:
         control = small_vision.random_encoder(settings, config.seed)
         for name, part in (("vision", vision), ("random", control), ("vae", vae)):
             part.save_pretrained(writer.folder / name)
-        size = {"height": scenes.SIDE, "width": scenes.SIDE}
+        size = {"height": meta.side, "width": meta.side}
         ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
             writer.folder / "vision"
         )
-        tokenizer = word_tokenizer([*WORDS, *scenes.vocabulary()])
+        tokenizer = word_tokenizer([*WORDS, *meta.words])
         tokenizer.save_pretrained(writer.folder / "language")
         small_llama(len(tokenizer), config.language_width, config.language_layers, seed=config.seed).save_pretrained(
             writer.folder / "language"
         )
         probed = {}
-        for split in scenes.SPLITS[1:]:
-            found = scenes.read_split(corpus, split)
+        for split in vqa.SPLITS[1:]:
+            found = vqa.read_split(corpus, split)
             tensors = {
                 "features": features(vision, found.images_N3HW),
                 "random": features(control, found.images_N3HW),
                 "latents": in_parts(lambda p: latents.to_tokens(latents.encode(vae, p), TOKENS), found.images_N3HW),
             }
             if split in ("train", "test"):
-                probed[split] = found.scenes[:_PROBED], {name: value[:_PROBED] for name, value in tensors.items()}
+                probed[split] = (
+                    scenes.described(found.facts[:_PROBED]),
+                    {name: value[:_PROBED] for name, value in tensors.items()},
+                )
             save_file({name: value.half() for name, value in tensors.items()}, writer.folder / f"{split}.safetensors")
-        report = {}
+        report: dict[str, dict[str, float]] = {}
         for name in ("features", "random"):
             (trained, given), (held_out, tested) = probed["train"], probed["test"]
-            report[name] = probe(given[name].numpy(), trained, tested[name].numpy(), held_out)
+            if trained:
+                report[name] = probe(given[name].numpy(), trained, tested[name].numpy(), held_out)
         shown = torch.from_numpy(found.images_N3HW[:512]).float() / 255
         told = latents.decode(vae, latents.encode(vae, shown * 2 - 1))
         report["vae"] = {"psnr": float(-10 * torch.log10(((told - shown) ** 2).mean()))}
@@ -134,7 +140,7 @@ def read_encoded(parts: Artifact, corpus: Artifact, split: str) -> EncodedSplit:
     if parts.inputs["corpus"] != corpus.digest:
         raise artifacts.ArtifactMismatch(f"{parts.url} was not made from {corpus.url}: make the parts of this corpus")
     tensors = load_file(parts.local(f"{split}.safetensors"))
-    return EncodedSplit(scenes.read_split(corpus, split), tensors["features"], tensors["random"], tensors["latents"])
+    return EncodedSplit(vqa.read_split(corpus, split), tensors["features"], tensors["random"], tensors["latents"])
 
 
 def features(vision: ViTModel, images_N3HW: NDArray[np.uint8]) -> Tensor:

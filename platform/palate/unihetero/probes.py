@@ -1,11 +1,11 @@
 """What a representation knows: linear probes for objects, places, shapes and colours of scenes.
 
     local    the visual token where an object's centre is -> its shape, its colour; where a place is -> something or not
-    pooled   the mean of an image's visual tokens -> which shapes, colours, places, and pairs of shape and colour
-        there are
+    pooled   the mean of an image's visual tokens -> which shapes, colours, and pairs of shape and colour there are;
+        where there is one object, its place
 
-Ridge regression to one-hot targets (scikit-learn); accuracies on held-out scenes, those of pooled
-probes averaged over labels, balanced: 0.5 is chance.
+Ridge regression to one-hot targets (scikit-learn); accuracies on held-out scenes, those of what there is averaged over
+labels, balanced: 0.5 is chance.
 
 Symbols: N scenes, P visual tokens, z width, L labels.
 """
@@ -25,7 +25,15 @@ Floats = NDArray[np.floating]
 Labels = NDArray[Any]
 ALPHA = 10.0  # of the ridge, on standardized features
 
-CHANCE = {"local shape": 1 / len(SHAPES), "local colour": 1 / len(HUES), "local object": 0.5}
+CHANCE = {
+    "local shape": 1 / len(SHAPES),
+    "local colour": 1 / len(HUES),
+    "local object": 0.5,
+    "pooled shape": 0.5,
+    "pooled colour": 0.5,
+    "pooled object": 0.5,
+    "pooled place": 1 / len(PLACES),
+}
 
 
 def probe(
@@ -42,6 +50,7 @@ def probe(
     for name, labels in _presence().items():
         pair = [np.array([labels(scene) for scene in scenes]) for scenes in (train_scenes, test_scenes)]
         found[f"pooled {name}"] = _balanced(pooled[0], pair[0], pooled[1], pair[1])
+    found["pooled place"] = _accuracy(*_of_one(pooled[0], train_scenes), *_of_one(pooled[1], test_scenes))
     return found
 
 
@@ -64,12 +73,12 @@ def _at_objects(
 
 
 def _at_places(features_NPz: Floats, scenes: Sequence[Described]) -> tuple[Floats, NDArray[np.bool_]]:
-    """As many empty places as filled ones, or fewer."""
+    """As many empty places as filled ones."""
     rows, labels = [], []
     for features_Pz, scene in zip(features_NPz, scenes, strict=True):
         filled = {one.place: (one.x, one.y) for one in scene.objects}
-        empty = [place for place in PLACES if place not in filled][: len(filled)]
-        for place in (*filled, *empty):
+        empty = [place for place in PLACES if place not in filled]
+        for place in (*list(filled)[: len(empty)], *empty[: len(filled)]):
             row, column = divmod(PLACES.index(place), GRID)
             x, y = filled.get(place, ((column + 0.5) * SIDE / GRID, (row + 0.5) * SIDE / GRID))
             rows.append(features_Pz[token_of(x, y, len(features_Pz))])
@@ -77,11 +86,17 @@ def _at_places(features_NPz: Floats, scenes: Sequence[Described]) -> tuple[Float
     return np.array(rows), np.array(labels)
 
 
+def _of_one(pooled_Nz: Floats, scenes: Sequence[Described]) -> tuple[Floats, Labels]:
+    """The scenes of one object, and its place. How many objects there are would tell much of whether a place is
+    filled."""
+    one = [number for number, scene in enumerate(scenes) if len(scene.objects) == 1]
+    return pooled_Nz[one], np.array([scenes[number].objects[0].place for number in one])
+
+
 def _presence() -> dict[str, Callable[[Described], list[bool]]]:
     return {
         "shape": lambda scene: [any(one.shape == shape for one in scene.objects) for shape in SHAPES],
         "colour": lambda scene: [any(one.colour == colour for one in scene.objects) for colour in HUES],
-        "place": lambda scene: [any(one.place == place for one in scene.objects) for place in PLACES],
         "object": lambda scene: [
             any((one.shape, one.colour) == (shape, colour) for one in scene.objects)
             for shape in SHAPES

@@ -1,7 +1,7 @@
-"""The experiment: arms and seeds on the same scenes in the same order, each run measured at log-spaced sample counts.
+"""The experiment: arms and seeds on the same images in the same order, each run measured at log-spaced sample counts.
 
     OUT/calibration/ARM      short runs that tell the losses' weights
-    OUT/runs/ARM-SEED        runs (see ``scene_runs``)
+    OUT/runs/ARM-SEED        runs (see ``runs``)
     OUT/experiment.json      settings, weights, what is finished
 
 Runs are independent, so a sweep that was stopped goes on with those that are not done, and more seeds or arms can be
@@ -26,11 +26,11 @@ import torch
 from palate import artifacts, progress
 from palate.artifacts import Artifact, ArtifactMismatch
 from palate.config import identity, require_at_least, scale, to_dict
-from palate.corpora.worlds import scenes
+from palate.corpora import vqa
 from palate.unihetero import parts
 from palate.unihetero.arms import ARMS
 from palate.unihetero.objectives import ObjectiveConfig
-from palate.unihetero.scene_runs import KIND, Experiment, RunConfig, calibrated, run
+from palate.unihetero.runs import KIND, Experiment, RunConfig, calibrated, run
 
 MAIN = ("understanding", "embedding", "encoder", "pixel", "decoder", "isolated")
 CONTROLS = ("capacity", "shuffled", "unshifted", "curriculum", "random:understanding", "random:embedding")
@@ -49,10 +49,10 @@ LIKE = {
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Arms x seeds on scenes."""
+    """Arms x seeds on one corpus."""
 
     corpus: str
-    """Scenes (jobs/prepare.py scenes): a folder or URL."""
+    """Captioned images with questions (jobs/prepare.py scenes): a folder or URL."""
     parts: str
     """Their parts (jobs/unihetero.py parts)."""
     out: str = scale()
@@ -191,7 +191,7 @@ def _one_thread() -> None:
 @lru_cache(maxsize=1)
 def _experiment(corpus: str, made: str, settings: RunConfig) -> Experiment:
     """Opened once a process."""
-    opened = artifacts.open_artifact(corpus, scenes.KIND)
+    opened = artifacts.open_artifact(corpus, vqa.KIND)
     encoded = artifacts.open_artifact(made, parts.KIND)
     train, test = (parts.read_encoded(encoded, opened, split) for split in ("train", "test"))
     return Experiment(settings, opened, encoded, train, test)

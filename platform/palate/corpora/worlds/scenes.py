@@ -9,34 +9,26 @@ them; a question asks for one fact:
     at        "what is at b2"                 a shape, or nothing
     count     "how many are there", "how many circles are there"
 
-The artifact holds WebDataset shards, ``KEY.png``, ``KEY.txt`` (the caption), ``KEY.json`` (``Described``), in a
-folder for each split: ``encoder`` to train a vision encoder without labels, ``train`` and ``validation`` and ``test``
-for the model. ``questions.tsv`` has the test scenes' questions as multiple choice (VLMEvalKit). Splits share no
-scene. Everything is a function of the seed.
+The artifact is as ``corpora/vqa.py`` says; the facts of an image are its ``Described``. Everything is a function of
+the seed.
 """
 
 import dataclasses
-import io
-import json
-import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from palate import artifacts
 from palate.artifacts import Artifact
 from palate.config import scale
-from palate.corpora.questions import Choice, write_tsv
+from palate.corpora import vqa
 from palate.corpora.streams import CorpusError
+from palate.corpora.vqa import Question
 from palate.corpora.worlds import shapes
 from palate.corpora.worlds.shapes import HUES, SHAPES, Array, encode_png
 
-KIND = "captioned-scenes"
 SIDE = 32  # pixels of an image
 MOST = 4  # objects of a scene
 GRID = 2  # places of a side
@@ -44,7 +36,6 @@ PLACES = tuple(f"{column}{row}" for row in "12" for column in "ab")
 COUNTS = ("zero", "one", "two", "three", "four")
 RADII = (4.6, 6.4)  # of the circle of about the same area, in pixels
 JITTER = 1.5  # pixels that a shape may be off its place's centre, at most
-SPLITS = ("encoder", "train", "validation", "test")
 PLURALS = {shape: f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES}
 KINDS = ("shape", "colour", "place", "at", "count")
 NOTHING = "nothing"
@@ -73,15 +64,6 @@ class Object:
 
 
 @dataclass(frozen=True)
-class Question:
-    """A question with its only right answer, one of ``OPTIONS[kind]``."""
-
-    kind: str
-    text: str
-    answer: str
-
-
-@dataclass(frozen=True)
 class Described:
     """One scene: what is in it, in the order of the places, and the background's light."""
 
@@ -91,6 +73,17 @@ class Described:
     @property
     def caption(self) -> str:
         return " and ".join(f"a {one.colour} {one.shape} at {one.place}" for one in self.objects)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def described(facts: Sequence[Mapping[str, Any]]) -> list[Described]:
+    """The scenes of these ``facts``; none where the images are others than of scenes."""
+    return [
+        Described(tuple(Object(**thing) for thing in one["objects"]), one["light"]) for one in facts if "objects" in one
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,59 +111,24 @@ def prepare(config: ScenesConfig) -> Artifact:
 
     def produce(writer: artifacts.Writer) -> None:
         counts: dict[str, int] = {}
-        asked_about: list[list[Choice]] = []
-        for number, split in enumerate(SPLITS):
+        for number, split in enumerate(vqa.SPLITS):
             random = np.random.default_rng(np.random.SeedSequence([config.seed, number]))
-            count = getattr(config, split)
-            for start in range(0, count, config.per_shard):
-                size = min(config.per_shard, count - start)
-                drawn = [draw(random) for _ in range(size)]
+            counts[split], tested = getattr(config, split), []
+            for shard, start in enumerate(range(0, counts[split], config.per_shard)):
+                drawn = [draw(random) for _ in range(min(config.per_shard, counts[split] - start))]
                 wanted = config.questions if split == "train" else None
-                asked = [ask(scene, random, wanted) for scene in drawn]
-                path = writer.folder / split / f"{split}-{start // config.per_shard:05d}.tar"
-                path.parent.mkdir(exist_ok=True)
-                _write_shard(path, split, start, drawn, asked)
-                if split == "test":
-                    asked_about += [
-                        _choices(f"{start + n}", *one) for n, one in enumerate(zip(drawn, asked, strict=True))
-                    ]
-            counts[split] = count
-        write_tsv(str(writer.folder / "questions.tsv"), [choice for choices in asked_about for choice in choices])
+                asked = [tuple(ask(scene, random, wanted)) for scene in drawn]
+                found = [
+                    vqa.Example(encode_png(picture), scene.caption, questions, scene.facts)
+                    for scene, picture, questions in zip(drawn, paint(drawn), asked, strict=True)
+                ]
+                vqa.write_shard(writer, split, shard, start, found)
+                tested += found if split == "test" else []
+        vqa.write_meta(writer, vqa.Meta(SIDE, OPTIONS, tuple(vocabulary())), tested)
         writer.write_json("report.json", counts)
         writer.summary.update(counts)
 
-    return artifacts.ensure(config.out, produce, kind=KIND, config=config, fresh=config.fresh)
-
-
-@dataclass(frozen=True)
-class Split:
-    """The scenes of a split: keys, pixels (N, 3, SIDE, SIDE) uint8, what is in them, and their questions."""
-
-    keys: list[str]
-    images_N3HW: NDArray[np.uint8]
-    scenes: list[Described]
-    questions: list[list[Question]]
-
-
-def read_split(corpus: Artifact, split: str) -> Split:
-    """A split of a corpus, in its order; 3 kB of memory a scene."""
-    keys, images, described, questions = [], [], [], []
-    for path in corpus.paths(f"{split}/", ".tar"):
-        with tarfile.open(corpus.local(path)) as tar:
-            for member in tar:
-                content = tar.extractfile(member)
-                assert content is not None
-                key, _, suffix = member.name.partition(".")
-                if suffix == "png":
-                    with Image.open(content) as image:
-                        images.append(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
-                elif suffix == "json":
-                    record = json.load(content)
-                    keys.append(key)
-                    objects = tuple(Object(**one) for one in record["objects"])
-                    described.append(Described(objects, record["light"]))
-                    questions.append([Question(**one) for one in record["questions"]])
-    return Split(keys, np.array(images, dtype=np.uint8), described, questions)
+    return artifacts.ensure(config.out, produce, kind=vqa.KIND, config=config, fresh=config.fresh)
 
 
 def vocabulary() -> list[str]:
@@ -266,32 +224,3 @@ def _possible(scene: Described) -> dict[str, list[Question]]:
         "at": [Question("at", f"what is at {place}", at.get(place, NOTHING)) for place in PLACES],
         "count": named,
     }
-
-
-def _choices(name: str, scene: Described, questions: Sequence[Question]) -> list[Choice]:
-    """A scene's questions as multiple choice."""
-    (picture,) = paint([scene])
-    image, found = encode_png(picture), []
-    for one in questions:
-        options = OPTIONS[one.kind]
-        found.append(Choice(f"{name}-{one.kind}", image, one.text, "", options, options.index(one.answer), one.kind))
-    return found
-
-
-def _write_shard(
-    path: Path, split: str, start: int, scenes: Sequence[Described], asked: Sequence[Sequence[Question]]
-) -> None:
-    pictures = paint(scenes)
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, (scene, questions, picture) in enumerate(zip(scenes, asked, pictures, strict=True)):
-            key = f"{split}{start + number:07d}"
-            record: dict[str, Any] = {
-                "objects": [dataclasses.asdict(one) for one in scene.objects],
-                "light": scene.light,
-                "questions": [dataclasses.asdict(question) for question in questions],
-            }
-            members = {"png": encode_png(picture), "txt": scene.caption.encode(), "json": json.dumps(record).encode()}
-            for suffix, content in members.items():
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))

@@ -1,4 +1,4 @@
-"""One run of the experiment on scenes: an arm, a seed, and what it knows after so many samples.
+"""One run of the experiment: an arm, a seed, and what it knows after so many samples.
 
     RUN/training       checkpoints and logs of the train loop
     RUN/points         what was measured at each stop, as soon as it was
@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase, ViTModel
 from palate import artifacts
 from palate.artifacts import Artifact
 from palate.config import identity
+from palate.corpora import vqa
 from palate.corpora.worlds import scenes
 from palate.models.small_lm import small_llama, word_tokenizer
 from palate.training import logging as run_logs
@@ -43,8 +44,8 @@ from palate.unihetero.scoring import Asked, choose, correct, free_run, text_loss
 from palate.unihetero.training import PretrainConfig, pretrain
 
 KIND = "unihetero-run"
-_FREE_RUN = 256  # test scenes on which free running is measured
-_PROBED = (3000, 1000)  # scenes that probes are fitted on, and tested on
+_FREE_RUN = 256  # test images on which free running is measured
+_PROBED = (3000, 1000)  # images that probes are fitted on, and tested on
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class RunConfig:
     """Steps between looks at targets and gradients."""
 
 
-class Scenes:
-    """A split of scenes as samples; a ``Source`` of the stream."""
+class Examples:
+    """A split of the corpus as samples; a ``Source`` of the stream."""
 
     def __init__(
         self,
@@ -89,16 +90,16 @@ class Scenes:
         digest: str,
         shuffled: bool = False,
     ) -> None:
-        self.name, self.split, self.segments, self.phrasing = "scenes", split, segments, phrasing
+        self.name, self.split, self.segments, self.phrasing = "examples", split, segments, phrasing
         self.features = split.features_NPs if features == "trained" else split.random_NPs
         self.share, self.shuffled = share, shuffled
         self.fingerprint = digest[:16]
 
     def __len__(self) -> int:
-        return len(self.split.scenes.keys)
+        return len(self.split.examples.keys)
 
     def id(self, index: int) -> str:
-        return self.split.scenes.keys[index]
+        return self.split.examples.keys[index]
 
     def load(self, index: int, seed: int) -> Sample:
         given: dict[str, Any] = {
@@ -106,12 +107,12 @@ class Scenes:
             "latents": self.split.latents_NPc[index][None].float(),
             "seed": seed % (1 << 40),
         }
-        if self.shuffled:  # another scene's, whichever it is
+        if self.shuffled:  # another image's, whichever it is
             other = (index + 1 + random.Random(seed).randrange(len(self) - 1)) % len(self)
             given["targets"] = self.features[other][None].float()
         image = self.features[index][None].float()
         if text_first(seed, self.share):
-            return self.phrasing.to_draw(self.id(index), self.split.scenes.scenes[index].caption, image, **given)
+            return self.phrasing.to_draw(self.id(index), self.split.examples.captions[index], image, **given)
         return self.phrasing.described(self.id(index), image, self.segments[index], **given)
 
 
@@ -127,8 +128,12 @@ class Experiment:
     _segments: dict[int, list[tuple[Segment, ...]]] = field(default_factory=dict, repr=False)
 
     @cached_property
+    def meta(self) -> vqa.Meta:
+        return vqa.read_meta(self.corpus)
+
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = word_tokenizer([*WORDS, *scenes.vocabulary()])
+        tokenizer = word_tokenizer([*WORDS, *self.meta.words])
         add_image_tokens(tokenizer)
         return tokenizer
 
@@ -137,11 +142,11 @@ class Experiment:
         return Phrasing(self.tokenizer, TOKENS)
 
     def segments(self, split: EncodedSplit) -> list[tuple[Segment, ...]]:
-        """The caption's, and the questions', of every scene: made once a process, for they take minutes."""
+        """The caption's, and the questions', of every image: made once a process, for they take minutes."""
         if id(split) not in self._segments:
             self._segments[id(split)] = [
-                (self.phrasing.caption(scene.caption), *(self.phrasing.question(q.text, q.answer) for q in questions))
-                for scene, questions in zip(split.scenes.scenes, split.scenes.questions, strict=True)
+                (self.phrasing.caption(caption), *(self.phrasing.question(q.text, q.answer) for q in questions))
+                for caption, questions in zip(split.examples.captions, split.examples.questions, strict=True)
             ]
         return self._segments[id(split)]
 
@@ -215,15 +220,15 @@ class _Run:
         self.tested = self._source(test)
         self.asked = [
             [
-                Asked(one.text, options := scenes.OPTIONS[one.kind], options.index(one.answer), one.kind)
+                Asked(one.text, options := self.experiment.meta.options[one.kind], options.index(one.answer), one.kind)
                 for one in questions
             ]
-            for questions in test.scenes.questions
+            for questions in test.examples.questions
         ]
 
-    def _source(self, split: EncodedSplit) -> Scenes:
+    def _source(self, split: EncodedSplit) -> Examples:
         experiment = self.experiment
-        return Scenes(
+        return Examples(
             split,
             experiment.segments(split),
             experiment.phrasing,
@@ -296,7 +301,7 @@ class _Run:
 
     @torch.inference_mode()
     def measured(self) -> dict[str, Any]:
-        """Accuracy by kind of question, and losses, on the test scenes."""
+        """Accuracy by kind of question, and losses, on the test images."""
         phrasing = self.experiment.phrasing
         images = [self.tested.features[index][None].float() for index in range(len(self.tested))]
         scores = choose(self.model, phrasing, images, self.asked, encoded=True, batch=64)
@@ -323,7 +328,7 @@ class _Run:
         config = self.model.config
         if config.semantic != "none" and config.shift and config.branch_from is None:
             count = min(_FREE_RUN, len(self.tested))
-            captions = [scene.caption for scene in self.experiment.test.scenes.scenes[:count]]
+            captions = self.experiment.test.examples.captions[:count]
             fitted = self.source.features[: 4 * _FREE_RUN].float()
             given = self.tested.features[:count].float()
             made = free_run(self.model, self.experiment.phrasing, given, captions, fitted)
@@ -332,7 +337,10 @@ class _Run:
 
     def _probes(self) -> dict[str, dict[str, float]]:
         fitted, tested = _PROBED
-        train, test = self.experiment.train.scenes.scenes[:fitted], self.experiment.test.scenes.scenes[:tested]
+        train = scenes.described(self.experiment.train.examples.facts[:fitted])
+        test = scenes.described(self.experiment.test.examples.facts[:tested])
+        if not train:
+            return {}
         given = self._depths(self.source.features[:fitted]), self._depths(self.tested.features[:tested])
         return {name: probe(given[0][name].numpy(), train, given[1][name].numpy(), test) for name in given[0]}
 
