@@ -14,9 +14,7 @@ these lists and is compared with the base at the same noise, on captions of the 
 The base is far from good, and one scorer is no person: this checks signs, and nothing is said about scale.
 """
 
-import hashlib
 import json
-import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -30,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from emoji import read_emoji, split_of
 from PIL import Image
 from ranked_corpus import picture, ranked_list, write_corpus
 
@@ -90,31 +89,6 @@ class EmojiBenchmark:
     sample: SampleConfig = field(default_factory=partial(SampleConfig, sampler_steps=20, guidance=2.0, batch=100))
     workers: int = scale(2)
     """Processes, of one thread each."""
-
-
-def read_emoji(place: str) -> list[dict[str, Any]]:
-    """Key, caption and image of each emoji. Of Noto's files those of up to three code points, without flags and with
-    one skin tone."""
-    if not Path(place).is_dir():
-        return list(pq.read_table(place).to_pylist())
-    rows = []
-    for file in sorted(Path(place).glob("emoji_u*.png")):
-        codes = [int(code, 16) for code in file.stem.removeprefix("emoji_u").split("_")]
-        flags, tones = range(0x1F1E6, 0x1F200), {0x1F3FB, 0x1F3FC, 0x1F3FE, 0x1F3FF}
-        if len(codes) <= 3 and not any(code in flags or code in tones for code in codes):
-            rows.append({"key": file.stem, "caption": caption_of(codes), "image": file.read_bytes()})
-    return rows
-
-
-def caption_of(codes: Sequence[int]) -> str:
-    """The Unicode names of code points, but for the joiner that makes one image of several."""
-    return " with ".join(unicodedata.name(chr(code), "").lower() for code in codes if code != 0x200D)
-
-
-def split_of(key: str) -> str:
-    """By the first code point, so that variants of one emoji are on one side."""
-    base = key.removeprefix("emoji_u").split("_")[0]
-    return "test" if hashlib.blake2b(base.encode(), digest_size=1).digest()[0] < 51 else "train"
 
 
 def scene_table(scenes: Sequence[dict[str, Any]]) -> dict[str, pa.Table]:

@@ -6,7 +6,7 @@ of UniHetero runs on.
     vqa.json          ``Meta``: side of all images, the options of each kind of question, every word
 
 Splits: ``encoder`` to train a vision encoder without labels, ``train``, ``validation`` and ``test`` for the model.
-They share no image.
+``test`` shares no image with the splits that something is trained on.
 """
 
 import dataclasses

@@ -1,5 +1,5 @@
 """The frozen parts of the experiment, made once: a vision encoder and an autoencoder trained without labels, on
-images that stand in no other split, and what they and a random encoder give for every image.
+images that no evaluation sees, and what they and a random encoder give for every image.
 
     vision/ random/ vae/          what transformers and diffusers load; vision/ with its image processor
     language/                     a language model of random weights, whose tokenizer knows the corpus's words
