@@ -23,6 +23,7 @@ from PIL import Image
 
 from palate.artifacts import Artifact, Writer
 from palate.corpora.questions import Choice, write_tsv
+from palate.corpora.streams import CorpusError
 
 KIND = "vqa"
 SPLITS = ("encoder", "train", "validation", "test")
@@ -124,6 +125,10 @@ def _choices(name: str, example: Example, meta: Meta) -> list[Choice]:
     found = []
     for one in example.questions:
         options = meta.options[one.kind]
+        if one.answer not in options:
+            raise CorpusError(
+                f"{one.answer!r} is no option of questions of the kind {one.kind!r}: {', '.join(options)}"
+            )
         answer = options.index(one.answer)
         found.append(Choice(f"{name}-{one.kind}", example.image, one.text, "", options, answer, one.kind))
     return found

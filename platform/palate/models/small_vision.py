@@ -17,6 +17,7 @@ from palate.progress import track
 
 MASKED = 0.5  # share of the patches that the encoder does not see
 KL_WEIGHT = 1e-4  # of the autoencoder's posterior
+LEAST_STEPS = 20  # of either training: the rate rises in the first tenth of them
 
 
 def vit_config(side: int, patch: int = 8, width: int = 96, layers: int = 3) -> ViTConfig:
@@ -68,12 +69,11 @@ def train_encoder(
                 decoder_intermediate_size=128,
             )
         ).train()
-        optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
+        optimizer, schedule = _optimizer(model, rate, steps, weight_decay=0.05)
         for pixels in track(batches(images_N3HW, steps, batch, seed), "vision encoder", steps):
             model(pixel_values=pixels).loss.backward()
             _update(model, optimizer, schedule)
-    encoder = ViTModel(config, add_pooling_layer=False)
+        encoder = ViTModel(config, add_pooling_layer=False)
     encoder.load_state_dict(model.vit.state_dict())
     return encoder.eval()
 
@@ -99,8 +99,7 @@ def train_autoencoder(
             layers_per_block=1,
             mid_block_add_attention=False,
         ).train()
-        optimizer = torch.optim.AdamW(vae.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
+        optimizer, schedule = _optimizer(vae, rate, steps, weight_decay=0.0)
         for pixels in track(batches(images_N3HW, steps, batch, seed), "autoencoder", steps):
             posterior = vae.encode(pixels).latent_dist
             told = vae.decode(posterior.sample()).sample
@@ -121,6 +120,8 @@ def normalized(images_N3HW: np.ndarray) -> Tensor:
 
 def batches(images_N3HW: np.ndarray, steps: int, batch: int, seed: int) -> Iterator[Tensor]:
     """Epochs in random order, each batch whole."""
+    if not len(images_N3HW):
+        raise ValueError("there is no image to train on")
     random = np.random.default_rng(seed)
     order = np.empty(0, dtype=np.int64)
     for _ in range(steps):
@@ -128,6 +129,15 @@ def batches(images_N3HW: np.ndarray, steps: int, batch: int, seed: int) -> Itera
             order = np.concatenate([order, random.permutation(len(images_N3HW))])
         chosen, order = order[:batch], order[batch:]
         yield normalized(images_N3HW[np.sort(chosen)])
+
+
+def _optimizer(
+    model: nn.Module, rate: float, steps: int, weight_decay: float
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    if steps < LEAST_STEPS:
+        raise ValueError(f"at least {LEAST_STEPS} steps train an encoder or an autoencoder, got {steps}")
+    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), weight_decay=weight_decay)
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
 
 
 def _update(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
