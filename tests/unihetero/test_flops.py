@@ -14,6 +14,7 @@ from palate.unihetero import heads, model
 from palate.unihetero.arms import ARMS, configured
 from palate.unihetero.flops import Cost, ModelShape, TransformerShape
 from palate.unihetero.model import UniHeteroConfig, UniHeteroModel
+from palate.unihetero.training import LOSSES, parameters
 
 TEXT = 10
 
@@ -103,6 +104,37 @@ def test_arms_forward_and_backward(arm: str, loss: model.SemanticLoss) -> None:
     assert sum(part.total for part in expected.by_part.values()) == expected.total
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad and p.dim() > 1)
     assert shape.trained == pytest.approx(trained, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arm", "stage"),
+    [("understanding", "projector"), ("isolated", "projector"), ("decoder", "pixels"), ("decoder", "joint")],
+)
+def test_stages_cost_what_they_need(arm: str, stage: Any) -> None:
+    config = tiny(arm)
+    network = UniHeteroModel(config).train()
+    for part in (network.language, network.vision, network.branch):
+        if part is not None:
+            part.set_attn_implementation("eager")
+    trained = {id(p) for _, members in parameters(network, stage) for _, p in members}
+    for parameter in network.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    ids = torch.tensor([[*range(4), 38, *[39] * 16, 37, *range(TEXT - 4)]])
+    labels = torch.where(ids < 20, ids, -100)
+    expected = counts.flops_per_sample(counts.shape_of(config), TEXT, supervised_tokens=TEXT - 1, stage=stage)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        out = network(
+            input_ids=ids,
+            pixel_values=torch.randn(1, 3, 16, 16),
+            labels=labels,
+            latents=torch.randn(1, 16, 6),
+            seeds=[1],
+            losses=LOSSES[stage],
+        )
+        assert counter.get_total_flops() == expected.forward
+        losses = [value for value in (out.text_loss, out.semantic_loss, out.pixel_loss) if value is not None]
+        sum(losses[1:], losses[0]).backward()
+    assert counter.get_total_flops() == pytest.approx(expected.total, rel=0.02)
 
 
 def test_patches_side_by_side_make_a_wider_projector() -> None:

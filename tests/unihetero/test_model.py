@@ -337,3 +337,29 @@ def test_stages_train_their_parts():
     assert set(names["pixels"]) == {"pixels"}
     with pytest.raises(ValueError, match="nothing to train"):
         parameters(model("embedding"), "pixels")
+
+
+def test_the_pixel_stage_leaves_the_language_model_alone():
+    network = model("decoder")
+    for parameter in network.pixel_head.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    given = collate([[sample] for sample in samples()]).arguments()
+    whole = network(**given)
+    network.decoder.forward = None  # would fail if it were called
+    alone = network(**given, losses="pixels")
+    assert torch.equal(alone.pixel_loss, whole.pixel_loss)
+    assert (alone.text_loss, alone.semantic_loss, alone.visual_count) == (None, None, whole.visual_count)
+    texts = network(input_ids=torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]]), losses="pixels")
+    texts.pixel_loss.backward()
+    assert (texts.pixel_loss.item(), texts.visual_count) == (0.0, 0)
+    assert all(not parameter.grad.any() for parameter in network.pixel_head.parameters())
+
+
+def test_the_projector_stage_leaves_the_heads_alone():
+    network = model("embedding")
+    given = collate([[sample] for sample in samples()]).arguments()
+    whole = network(**given)
+    network.semantic_head.forward = None
+    alone = network(**given, losses="text")
+    assert torch.equal(alone.text_loss, whole.text_loss)
+    assert alone.semantic_loss is None

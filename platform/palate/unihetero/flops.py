@@ -180,6 +180,7 @@ def flops_per_sample(
     images: float = 1,
     encoded: bool = False,
     checkpoint_activations: bool = False,
+    stage: Literal["projector", "joint", "pixels"] = "joint",
 ) -> Flops:
     """The FLOPs of training on one sample.
 
@@ -189,6 +190,8 @@ def flops_per_sample(
         images: in the sample; a mean may be a fraction (as the token counts may), which leaves attention a little low.
         encoded: the features were computed before, so the vision encoder does not run.
         checkpoint_activations: the language model's layers (and the branch's) run forward twice.
+        stage: what is trained; a part that is not needed for it costs nothing, and one that stands still has no
+            gradients of its weights.
     """
     visual = shape.image_tokens * images
     tokens = text_tokens + visual + (IMAGE_MARKS * images if shape.vision is not None else 0)
@@ -202,6 +205,21 @@ def flops_per_sample(
         parts |= _visual(shape, shape.vision, visual, images, encoded)
     if shape.branch_layers and visual:
         parts["branch"] = _times(transformer(text, tokens), shape.branch_layers / text.layers)
+    if stage == "projector":
+        frozen = transformer(text, tokens, trained=False)
+        attention = frozen.forward - 2.0 * tokens * text.layers * text.weights_per_layer
+        parts = {
+            "vision encoder": parts.get("vision encoder", Cost(0.0)),
+            "projector": parts.get("projector", Cost(0.0)),
+            "language layers": Cost(frozen.forward, frozen.forward + attention),  # attention passes gradients twice
+            "text head": Cost(parts["text head"].forward, parts["text head"].forward),
+        }
+    elif stage == "pixels":
+        needed = ["vision encoder", "pixel head"]
+        if shape.pixels == "inside":  # on the states of a language model that stands still
+            parts |= {name: Cost(parts[name].forward) for name in ("projector", "language layers") if name in parts}
+            needed += ["projector", "language layers"]
+        parts = {name: parts[name] for name in needed if name in parts}
     again = sum(parts[name].forward for name in ("language layers", "branch") if name in parts)
     return Flops(
         forward=sum(part.forward for part in parts.values()),

@@ -29,6 +29,7 @@ Semantic = Literal["none", "encoder", "embedding"]
 SemanticLoss = Literal["cosine", "mse", "diffusion"]
 Target = Literal["ema", "frozen", "current", "open"]
 Pixels = Literal["none", "inside", "decoder"]
+Losses = Literal["all", "text", "pixels"]  # that are wanted of those that a model has
 
 DRAWS = 4  # of time and noise for each token and step (MAR's diffusion_batch_mul)
 CONDITION_DROPOUT = 0.1  # of the diffusion heads, for guidance
@@ -283,6 +284,7 @@ class UniHeteroModel(PreTrainedModel):
         target_features: Tensor | None = None,
         cache: Cache | None = None,
         logits: bool = True,
+        losses: Losses = "all",
     ) -> UniHeteroOutput:
         """States and logits; with ``labels``, losses instead of logits.
 
@@ -295,9 +297,19 @@ class UniHeteroModel(PreTrainedModel):
             target_features: (I, P, d_s) of other images, in the place of their own as semantic targets (a control).
             cache: of keys and values, which grows in place.
             logits: False leaves them out; the states are enough to make those that are read.
+            losses: "text" leaves out what the heads would say; "pixels" is the pixel head's alone, for which a decoder
+                outside of the language model does not run it.
         """
         if image_features is None and pixel_values is not None:
             image_features = self.encode(pixel_values)
+        if losses == "pixels" and isinstance(self.pixel_head, PixelDecoder):
+            result = UniHeteroOutput(torch.empty(0))
+            if image_features is None:  # texts tell nothing, and take part in the step all the same
+                result.pixel_loss = torch.stack([p.sum() * 0 for p in self.pixel_head.parameters()]).sum()
+                result.visual_count = 0
+            else:
+                self._pixels(result, None, image_features, latents, seeds or [0] * len(image_features))
+            return result
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self.embed(input_ids, image_features)
@@ -319,7 +331,7 @@ class UniHeteroModel(PreTrainedModel):
         logits_Nv = self.get_output_embeddings()(states_BTd[:, :-1][supervised_BT])
         result.text_loss = F.cross_entropy(logits_Nv.float(), labels[:, 1:][supervised_BT], reduction="sum")
         result.text_count = len(logits_Nv)
-        if image_features is None or input_ids is None:
+        if image_features is None or input_ids is None or losses == "text":
             return result
         generating_BTd = states_BTd
         if self.branch is not None:
@@ -362,16 +374,31 @@ class UniHeteroModel(PreTrainedModel):
             else:
                 result.predicted = predicted_Vz = self.semantic_head(states_Vd).float()
                 result.semantic_loss = semantic_loss(predicted_Vz, targets_Vz, self.config.semantic_loss).sum()
-        if self.pixel_head is not None and latents_IPc is not None:
-            if isinstance(self.pixel_head, PixelDecoder):
-                with torch.no_grad():
-                    embeddings_IPd = to_scale(self.projector(features_IPs), 1.0)
-                condition_Vd, head = self.pixel_head.conditions(embeddings_IPd), self.pixel_head.head
-            else:
-                condition_Vd, head = states_Vd, cast(DiffusionHead, self.pixel_head)
-            width = self.config.latent_width
-            noise = draw_noise([seed + 1 for seed in seeds], tokens, width, DRAWS, CONDITION_DROPOUT, states_Vd.device)
-            result.pixel_loss = head.loss(latents_IPc.flatten(0, 1), condition_Vd, noise).sum()
+        self._pixels(result, states_Vd, features_IPs, latents_IPc, seeds)
+
+    def _pixels(
+        self,
+        result: UniHeteroOutput,
+        states_Vd: Tensor | None,
+        features_IPs: Tensor,
+        latents_IPc: Tensor | None,
+        seeds: list[int],
+    ) -> None:
+        """The loss of the pixel head, if there is one and latents to tell."""
+        images, tokens = features_IPs.shape[:2]
+        result.visual_count = images * tokens
+        if self.pixel_head is None or latents_IPc is None:
+            return
+        if isinstance(self.pixel_head, PixelDecoder):
+            with torch.no_grad():
+                embeddings_IPd = to_scale(self.projector(features_IPs), 1.0)
+            condition_Vd, head = self.pixel_head.conditions(embeddings_IPd), self.pixel_head.head
+        else:
+            assert states_Vd is not None
+            condition_Vd, head = states_Vd, cast(DiffusionHead, self.pixel_head)
+        drawn, width = [seed + 1 for seed in seeds], self.config.latent_width
+        noise = draw_noise(drawn, tokens, width, DRAWS, CONDITION_DROPOUT, condition_Vd.device)
+        result.pixel_loss = head.loss(latents_IPc.flatten(0, 1), condition_Vd, noise).sum()
 
 
 def semantic_loss(predicted_Vz: Tensor, targets_Vz: Tensor, kind: SemanticLoss) -> Tensor:

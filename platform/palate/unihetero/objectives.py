@@ -63,19 +63,20 @@ def weights_at(step: int, steps: int, arm: Arm, config: ObjectiveConfig) -> Weig
 
 def total(output: UniHeteroOutput, weights: Weights, totals: Mapping[str, float]) -> tuple[Tensor, Metrics]:
     """This part's share of the loss of a global batch with ``totals`` of "text" and "visual" positions, and metrics."""
-    assert output.text_loss is not None
-    assert output.text_count is not None
-    loss = output.text_loss * (weights.text / max(1.0, totals.get("text", 0.0)))
-    metrics: Metrics = {"text_loss": (output.text_loss.detach(), output.text_count)}
-    for name, value, weight in (
-        ("semantic_loss", output.semantic_loss, weights.semantic),
-        ("pixel_loss", output.pixel_loss, weights.pixel),
+    parts: list[Tensor] = []
+    metrics: Metrics = {}
+    for name, value, count, weight, of in (
+        ("text_loss", output.text_loss, output.text_count, weights.text, "text"),
+        ("semantic_loss", output.semantic_loss, output.visual_count, weights.semantic, "visual"),
+        ("pixel_loss", output.pixel_loss, output.visual_count, weights.pixel, "visual"),
     ):
         if value is not None:
-            assert output.visual_count is not None
-            loss = loss + value * (weight / max(1.0, totals["visual"]))
-            metrics[name] = (value.detach(), output.visual_count)
-    return loss, metrics
+            assert count is not None
+            parts.append(value * (weight / max(1.0, totals.get(of, 0.0))))
+            metrics[name] = (value.detach(), count)
+    if not parts:
+        raise ValueError("no loss was made: the batch has nothing that this stage learns from")
+    return torch.stack(parts).sum(), metrics
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from palate.training.stream import Stream
 from palate.unihetero.arms import Arm
 from palate.unihetero.averages import Average
 from palate.unihetero.flops import IMAGE_MARKS, flops_per_sample, shape_of
-from palate.unihetero.model import UniHeteroModel
+from palate.unihetero.model import Losses, UniHeteroModel
 from palate.unihetero.objectives import (
     ObjectiveConfig,
     Weights,
@@ -29,6 +29,8 @@ from palate.unihetero.samples import Sample, collate, split
 
 # What each stage trains: the projector alone, all but the encoder, the pixel decoder alone.
 Stage = Literal["projector", "joint", "pixels"]
+# A head that is not trained has nothing to say to the projector, nor has the text to the pixel head.
+LOSSES: dict[Stage, Losses] = {"projector": "text", "joint": "all", "pixels": "pixels"}
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,6 @@ class Pretraining:
         every = self.config.monitor_every
         self.look = bool(every) and step % every == 0
         self.weights = weights_at(step, self.config.steps, self.arm, self.objective)
-        if self.config.stage == "projector":  # a head that is not trained has nothing to say to it
-            self.weights = Weights(1.0, 0.0, 0.0)
 
     def after_step(self, step: int) -> None:
         """The averages of weights after ``step`` updates, and a look at the model where one is wanted."""
@@ -147,7 +147,9 @@ class Pretraining:
         """Model FLOPs of a global batch, its samples taken to be alike: images with as much text each."""
         images = max(1.0, totals.get("visual", 0.0) / self.model.config.image_tokens)
         text = max(1.0, totals["tokens"] / images - self.model.config.image_tokens - IMAGE_MARKS)
-        one = flops_per_sample(shape_of(self.model.config), text, totals["text"] / images, encoded=self.encoded)
+        one = flops_per_sample(
+            shape_of(self.model.config), text, totals["text"] / images, encoded=self.encoded, stage=self.config.stage
+        )
         return images * one.total
 
     def loss(self, model: nn.Module, units: Sequence[Any], totals: Mapping[str, float]) -> LossOutput:
@@ -156,7 +158,7 @@ class Pretraining:
         self.encoded = batch.image_features is not None
         if self.latents is not None and batch.pixel_values is not None:
             arguments["latents"] = self.latents(batch.pixel_values)
-        output = model(**arguments)
+        output = model(**arguments, losses=LOSSES[self.config.stage])
         loss, metrics = total(output, self.weights, totals)
         if self.look and output.targets is not None:
             rows = len(output.targets)
