@@ -17,7 +17,7 @@ from palate.training import logging as run_logs
 from palate.training.parallel import World
 from palate.unihetero.stages import TrainConfig, pipeline
 from palate.unihetero.training import PretrainConfig
-from toy_unihetero import build_parts
+from toy_unihetero import build_parts, killed_once
 
 JOB = Path(__file__).parents[2] / "jobs" / "unihetero.py"
 
@@ -84,6 +84,16 @@ def test_two_workers_of_ray_end_as_one_process(parts, alone, tmp_path, ray_clust
     config = settings(parts, tmp_path / "run")
     launch(pipeline, config, launcher="ray", workers=2, folder=config.out)
     assert_same(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_of_ray_is_started_again_and_nothing_changes(parts, tmp_path, ray_cluster):
+    whole, config = settings(parts, tmp_path / "whole", steps=40), settings(parts, tmp_path / "run", steps=40)
+    pipeline(whole, World())
+    launch(killed_once, config, launcher="ray", workers=2, folder=config.out)
+    assert (tmp_path / "run" / "killed").exists()
+    assert [row["step"] for row in run_logs.read(tmp_path / "run" / "training")] == list(range(1, 41))
+    assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.slow

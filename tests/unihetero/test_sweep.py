@@ -1,6 +1,11 @@
 """The experiment in small: runs of arms on the same data, resumed, compared, refused."""
 
+import contextlib
 import json
+import multiprocessing
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,3 +153,39 @@ def test_an_unfinished_run_is_not_read(settings, finished):
     folder.mkdir()
     assert len(read_runs(settings.out)) == len(finished)
     assert not artifacts.exists(f"{folder}/done")
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_takes_its_processes_with_it_and_goes_on(settings, tmp_path):
+    less = replace(settings, arms=("understanding", "embedding"), controls=(), seeds=1, workers=2)
+    whole, again = replace(less, out=str(tmp_path / "whole")), replace(less, out=str(tmp_path / "out"))
+    done = Path(again.out) / "runs"
+    driver = multiprocessing.get_context("spawn").Process(target=sweeping.sweep, args=(again,))
+    driver.start()
+    while driver.is_alive() and not list(done.glob("*/points/*.json")):
+        time.sleep(0.01)
+    of_it = children(driver.pid)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.join()
+    assert len(of_it) >= 2
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in of_it):
+        assert time.monotonic() < deadline, "a process of a killed sweep goes on"
+        time.sleep(0.1)
+    sweeping.sweep(again)
+    sweeping.sweep(whole)
+    for one, other in zip(read_runs(again.out), read_runs(whole.out), strict=True):
+        for name in ("arm", "fingerprints", "points", "objective"):
+            assert one[name] == other[name], (one["arm"], name)
+
+
+def children(pid):
+    """Processes that this one started, but for those that only look after resources."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            parent = next(line for line in status.read_text().splitlines() if line.startswith("PPid:"))
+            command = (status.parent / "cmdline").read_bytes()
+            if int(parent.split()[1]) == pid and b"resource_tracker" not in command:
+                found.append(int(status.parent.name))
+    return found
