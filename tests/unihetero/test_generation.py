@@ -46,12 +46,14 @@ def test_a_diffusion_head_gives_other_draws_for_other_seeds():
     network = model("embedding", "diffusion").eval()
     for parameter in network.semantic_head.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    draws = [
-        draw_embeddings(Stream.begin(network, image_prefix(network, prompt())), 2, torch.Generator().manual_seed(seed))
-        for seed in (0, 0, 1)
-    ]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.allclose(draws[0], draws[2])
+
+    def drawn(*seeds):
+        rows = image_prefix(network, prompt()[:1].expand(len(seeds), -1))
+        return draw_embeddings(Stream.begin(network, rows), 2, [torch.Generator().manual_seed(seed) for seed in seeds])
+
+    alone, together = drawn(0), drawn(1, 0)
+    torch.testing.assert_close(together[1], alone[0], rtol=1e-4, atol=1e-5)  # whatever the others are
+    assert not torch.allclose(together[0], together[1])
 
 
 @pytest.mark.parametrize("arm", ["understanding", "pixel", "isolated", "unshifted"])

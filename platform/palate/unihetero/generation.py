@@ -48,8 +48,9 @@ class Stream:
 
 
 @torch.inference_mode()
-def draw_embeddings(stream: Stream, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """The next ``count`` visual embeddings, (B, count, d), each fed back before the next.
+def draw_embeddings(stream: Stream, count: int, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+    """The next ``count`` visual embeddings, (B, count, d), each fed back before the next; of a diffusion head, each
+    row's by its own generator.
 
     Raises:
         ValueError: the model has no semantic head that sees the language model's own states.
@@ -58,7 +59,7 @@ def draw_embeddings(stream: Stream, count: int, generator: torch.Generator | Non
     check_draws(model)
     drawn = []
     for _ in range(count):
-        embedding_Bd = predicted_embedding(model, stream.end_Bd, generator)
+        embedding_Bd = predicted_embedding(model, stream.end_Bd, generators)
         drawn.append(embedding_Bd)
         stream.feed(embedding_Bd[:, None])
     return torch.stack(drawn, dim=1)
@@ -74,11 +75,19 @@ def check_draws(model: UniHeteroModel) -> None:
         )
 
 
-def predicted_embedding(model: UniHeteroModel, states_Bd: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def predicted_embedding(
+    model: UniHeteroModel, states_Bd: Tensor, generators: Sequence[torch.Generator] | None = None
+) -> Tensor:
     """The next visual embedding that states predict, (B, d), of the size that embeddings have."""
     head = model.semantic_head
     assert head is not None
-    predicted = head.sample(states_Bd, generator) if isinstance(head, DiffusionHead) else head(states_Bd)
+    if not isinstance(head, DiffusionHead):
+        predicted: Tensor = head(states_Bd)
+    elif generators is None:
+        predicted = head.sample(states_Bd, None)
+    else:
+        rows = zip(states_Bd.split(1), generators, strict=True)
+        predicted = torch.cat([head.sample(state_1d, generator) for state_1d, generator in rows])
     if model.config.semantic == "encoder":
         embedding: Tensor = model.projector(predicted)  # its first norm makes the size of what it is given irrelevant
         return embedding
@@ -121,13 +130,14 @@ def draw_images(
 ) -> Tensor:
     """Images (I, 3, H, W) in [0, 1] for one text, one a seed.
 
-    With a regression head the embeddings are the same for all seeds, and only the decoder's noise differs.
+    With a regression head the embeddings are the same for all seeds, and only the decoder's noise differs. A seed gives
+    the same image whatever the others are.
     """
     rows = torch.tensor([list(prefix_ids)] * len(seeds), device=model.device)
-    generator = torch.Generator().manual_seed(seeds[0])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with torch.inference_mode():
         stream = Stream.begin(model, image_prefix(model, rows))
-    embeddings_IPd = draw_embeddings(stream, model.config.image_tokens, generator)
+    embeddings_IPd = draw_embeddings(stream, model.config.image_tokens, generators)
     tokens = draw_latents(model, embeddings_IPd, seeds, steps, guidance)
     return latents.decode(vae, latents.from_tokens(tokens.to(vae.dtype), int(vae.config.latent_channels)))
 
