@@ -50,7 +50,7 @@ def report(config: ReportConfig) -> None:
     found = claims.analyse(read_runs(config.experiment))
     claims.write(found, Path(config.out))
     for verdict in found.verdicts:
-        print(f"claim {verdict.claim}: {verdict.outcome}")
+        print(verdict)
     print(f"report: {config.out}/report.md")
 
 

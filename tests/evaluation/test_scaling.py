@@ -301,6 +301,9 @@ def test_claim_1_by_its_rule() -> None:
     undecided = scaling.claim_1(gain, loss, loss, open_, gain)
     assert (undecided.outcome, undecided.smallest_detectable) == ("undecided", 0.9)
     assert str(undecided) == "claim 1: undecided, smallest detectable difference 0.9"
+    # Below, but catching up: stopped too early to be refuted.
+    assert scaling.claim_1(loss, loss, loss, gain, gain, slope=gain).outcome == "undecided"
+    assert scaling.claim_1(loss, loss, loss, gain, gain, slope=open_).outcome == "refuted"
     missing = scaling.claim_1(gain, loss, loss, gain, None)
     assert missing.outcome == "undecided"
     assert "V2 - V7: not measured" in missing.reasons
@@ -332,3 +335,6 @@ def test_claim_3_counts_steps_from_16_and_a_margin() -> None:
     assert early.outcome == "undecided"
     assert "free-run error at k >= 16: not measured" in early.reasons
     assert scaling.claim_3(errors, {}, margin=0.05).outcome == "undecided"
+    unprobed = scaling.claim_3(errors, {"questions": level, "probes": None}, margin=0.05)
+    assert unprobed.outcome == "undecided"
+    assert "V2 - V1, probes: not measured" in unprobed.reasons

@@ -194,11 +194,13 @@ def test_a_batch_of_unreadable_samples_changes_nothing(tmp_path):
 
     model = Line()
     batches = stream.Stream([Broken("broken", [0, 1], ["0", "1"])], 2)
-    summary = train(model, line_groups(model), batches, weigh, squares, LoopConfig(3, tensorboard=False), tmp_path)
-    assert summary.corrupt == 6
-    assert summary.updates == {"a": 0, "b": 0}
+    few, many = LoopConfig(3, tensorboard=False), LoopConfig(9, tensorboard=False)
+    with pytest.raises(loop.guards.TrainingStopped, match="nothing was learned: none of 6 samples"):
+        train(model, line_groups(model), batches, weigh, squares, few, tmp_path / "few")
     assert torch.equal(model.a, Line().a)
-    assert [row["loss"] for row in read(tmp_path)] == [0, 0, 0]
+    assert [row["loss"] for row in read(tmp_path / "few")] == [0, 0, 0]
+    with pytest.raises(loop.guards.TrainingStopped, match=r"step 4: none of the first 8 samples could be read.*gone"):
+        train(model, line_groups(model), batches, weigh, squares, many, tmp_path / "many")
 
 
 def test_bf16_computes_in_bfloat16_and_keeps_float32_weights(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, Dinov2Config, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, Dinov2Config, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from palate.unihetero import flops as counts
 from palate.unihetero import heads, model
@@ -135,6 +135,17 @@ def test_stages_cost_what_they_need(arm: str, stage: Any) -> None:
         losses = [value for value in (out.text_loss, out.semantic_loss, out.pixel_loss) if value is not None]
         sum(losses[1:], losses[0]).backward()
     assert counter.get_total_flops() == pytest.approx(expected.total, rel=0.02)
+
+
+@pytest.mark.parametrize("inner", [None, 40])
+def test_a_gpt2_has_no_gate(inner: int | None) -> None:
+    text = GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_inner=inner, n_positions=16)
+    config = tiny("understanding")
+    config.text_config = text
+    shape = counts.shape_of(config).text
+    language = GPT2LMHeadModel(text)
+    weights = sum(p.numel() for n, p in language.named_parameters() if ".h." in n and p.dim() == 2)
+    assert shape.layers * shape.weights_per_layer == weights
 
 
 def test_patches_side_by_side_make_a_wider_projector() -> None:

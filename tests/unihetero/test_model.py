@@ -327,6 +327,16 @@ def test_any_decoder_only_language_model_fits():
         assert len(network.layers) == 3
 
 
+def test_a_model_with_learned_positions_has_no_branch():
+    from transformers import GPT2Config
+
+    text = GPT2Config(vocab_size=len(tokenizer()), n_embd=WIDTH, n_layer=3, n_head=2)
+    settings = config(semantic="embedding", branch_from=1)
+    settings.text_config = text
+    with pytest.raises(ValueError, match="a gpt2 cannot be branched"):
+        UniHeteroModel(settings)
+
+
 def test_stages_train_their_parts():
     network = model("decoder")
     names = {stage: dict(parameters(network, stage)) for stage in ("projector", "joint", "pixels")}

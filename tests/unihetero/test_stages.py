@@ -28,12 +28,9 @@ def parts(tmp_path_factory):
 
 def config(parts, out, **others):
     train = PretrainConfig(steps=4, batch=4, micro_batch=2, checkpoint_every=2, read_ahead=0)
-    given = {
-        "corpus": (f"{parts}/index",),
-        "language": f"{parts}/language",
-        "vision": f"{parts}/vision",
-        "train": train,
-    }
+    given = {"corpus": (f"{parts}/index",), "train": train}
+    if "start" not in others:
+        given |= {"language": f"{parts}/language", "vision": f"{parts}/vision"}
     return TrainConfig(out=str(out), cache=f"{parts}/cache", **(given | others))
 
 
@@ -155,7 +152,7 @@ def test_records_that_are_not_understood_are_corrupt_samples(parts, record):
     processor = AutoProcessor.from_pretrained(made_processor(parts))
     image = encode_png(np.zeros((3, 8, 8)))
     with pytest.raises(ValueError, match="a record that is not understood"):
-        Decode(processor)(RawSample("k", image, "a red circle at b3", record), 0)
+        Decode(processor)(RawSample("k", image, "a red circle at b2", record), 0)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +162,8 @@ def test_records_that_are_not_understood_are_corrupt_samples(parts, record):
         ({"weights": (0.5, 0.5)}, "--weights has 2 shares for 1 corpora"),
         ({"text_first": 1.5}, "a share from 0 to 1"),
         ({"arm": "shuffled"}, "a control of the experiment"),
+        ({"arm": "curriculum", "train": PretrainConfig(stage="projector")}, "--stage projector learns from text"),
+        ({"start": "run", "image_tokens": 4, "merge": "concatenate"}, "leave out --image-tokens, --merge"),
     ],
 )
 def test_settings_that_do_not_go_together(parts, tmp_path, values, message):

@@ -67,6 +67,15 @@ def test_what_is_run(settings):
     assert {arm for arm, seed, _ in found if seed == 1} == set(ARMS)
 
 
+def test_settings_that_cannot_be_compared_are_refused(settings):
+    twice = replace(settings, controls=("capacity", "understanding"))
+    assert len({(task.arm, task.seed) for task in tasks(twice)}) == len(tasks(twice))
+    with pytest.raises(ValueError, match=r"whole batches of 8, found \[50, 20\]"):
+        replace(settings.runs, samples=50, stops=(16, 20, 48))
+    with pytest.raises(ValueError, match="two sizes below 48 samples"):
+        replace(settings.runs, stops=(16, 48))
+
+
 def test_arms_see_the_same_data_and_are_measured_at_every_stop(finished):
     by_arm = {(one["arm"], one["seed"]): one for one in finished}
     assert len(by_arm) == 10

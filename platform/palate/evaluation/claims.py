@@ -116,6 +116,7 @@ def analyse(runs: Sequence[dict[str, Any]]) -> Findings:
             _between(curves, "pixel", "decoder"),
             _between(curves, "embedding", "capacity"),
             _between(curves, "embedding", "shuffled"),
+            slopes.get("embedding"),
         ),
         claim_2(slopes.get("embedding"), crossings.get("embedding")),
         claim_3(free.get("error", {}), _claim_3_scores(curves, probes), margin=MARGIN),
@@ -152,8 +153,9 @@ def _final(curves: Curves) -> list[dict[str, Any]]:
 
 
 def _free_runs(curves: Mapping[str, Curves]) -> dict[str, dict[int, SeedEstimate]]:
-    """Embedding less encoder, paired: the error (1 - share of variance explained, of x_s) and the loss of
-    captions that are read from what was made, over that from true images."""
+    """Embedding less encoder, paired: the error (share of the variance of x_s that is lost beside what is read from the
+    arm's own true embeddings) and the loss of captions that are read from what was made, over that from true images.
+    """
     if not {"embedding", "encoder"} <= curves.keys():
         return {}
     made: dict[str, dict[int, list[float]]] = {"error": {}, "caption_loss": {}}
@@ -162,7 +164,7 @@ def _free_runs(curves: Mapping[str, Curves]) -> dict[str, dict[int, SeedEstimate
     for seed in shared:
         runs = [_final(one)[one.seeds.index(seed)]["free_run"] for one in pair]
         for place, k in enumerate(runs[0]["k"]):
-            errors = [1 - one["explained"][place] for one in runs]
+            errors = [one["explained_of_true"] - one["explained"][place] for one in runs]
             losses = [one["caption_loss"][place] - one["true_caption_loss"] for one in runs]
             made["error"].setdefault(k, []).append(errors[0] - errors[1])
             made["caption_loss"].setdefault(k, []).append(losses[0] - losses[1])
@@ -190,13 +192,13 @@ def _probes(curves: Mapping[str, Curves]) -> dict[str, dict[str, SeedEstimate]]:
 
 def _claim_3_scores(
     curves: Mapping[str, Curves], probes: Mapping[str, Mapping[str, SeedEstimate]]
-) -> dict[str, SeedEstimate]:
+) -> dict[str, SeedEstimate | None]:
     """Embedding less encoder: the questions, and the mean of all probes over all depths."""
     questions = _between(curves, "embedding", "encoder")
     if questions is None:
         return {}
     if not probes:
-        return {"questions": questions}
+        return {"questions": questions, "probes": None}
     pair = curves["embedding"], curves["encoder"]
     means = []
     for seed in (seed for seed in pair[0].seeds if seed in pair[1].seeds):
@@ -233,7 +235,7 @@ def markdown(found: Findings) -> str:
     sizes = [size for size in base.sizes if all(size in c.sizes for c in found.curves.values())]
     lines = ["# Does generating semantics help understanding?", "", "## Verdicts", ""]
     for verdict in found.verdicts:
-        lines.append(f"- Claim {verdict.claim}: **{verdict.outcome}**. " + "; ".join(verdict.reasons))
+        lines.append(f"- **{str(verdict).capitalize()}**. " + "; ".join(verdict.reasons))
     lines += ["", "## Accuracy on questions, mean over seeds", ""]
     rows = [["arm", "seeds", "FLOPs", *(f"{size:,}" for size in sizes)]]
     for arm, curves in found.curves.items():
@@ -246,7 +248,9 @@ def markdown(found: Findings) -> str:
     rows = [["arm", *kinds, "text", "text only", "at equal FLOPs", "slope", "crossover"]]
     for arm, by in found.differences.items():
         shown = [_shown(by[name]) for name in (*kinds, *LOSSES)]
-        equal = _shown(found.equal_flops[arm]) if arm in found.equal_flops else ""
+        needed = samples_at_equal_flops(sizes[-1], found.curves[arm].flops, base.flops)
+        missing = f"needs {BASELINE} at {needed:,.0f}"
+        equal = _shown(found.equal_flops[arm]) if arm in found.equal_flops else missing
         rows.append([arm, *shown, equal, _shown(found.slopes[arm]), str(found.crossings[arm])])
     lines += _table(rows)
     if found.free_run:
@@ -255,6 +259,11 @@ def markdown(found: Findings) -> str:
         rows = [["", *(f"k = {k}" for k in ks)]]
         rows += [[name, *(_shown(by[k]) for k in ks)] for name, by in found.free_run.items()]
         lines += _table(rows)
+        ceilings = [
+            f"{np.mean([one['free_run']['explained_of_true'] for one in _final(found.curves[arm])]):.3f} ({arm})"
+            for arm in ("embedding", "encoder")
+        ]
+        lines += ["", f"Read from true embeddings, of the variance of x_s: {', '.join(ceilings)}."]
     if found.probes:
         lines += ["", f"## Probes against {BASELINE}, at the depth where both together are best", ""]
         names = list(next(iter(found.probes.values())))
@@ -318,8 +327,11 @@ def _plot(found: Findings, path: Path) -> None:
             np.array(sizes) * shift, values, bounds, fmt=style, marker="o", ms=3, color=colour, lw=1, capsize=2
         )
     right.axhline(0, color="black", lw=0.8)
+    measured = sorted({size for curves in found.curves.values() for size in curves.sizes})
     for axes, name in ((left, "accuracy"), (right, f"accuracy less that of {BASELINE}")):
         axes.set(xscale="log", xlabel="samples", ylabel=name)
+        axes.set_xticks(measured, [f"{size:,}" for size in measured])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     left.legend(fontsize=7)
     figure.savefig(path, dpi=120)

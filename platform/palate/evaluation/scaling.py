@@ -395,12 +395,14 @@ def claim_1(
     pixel_against_decoder: SeedEstimate | None,
     over_capacity: SeedEstimate | None,
     over_shuffled: SeedEstimate | None,
+    slope: SeedEstimate | None = None,
 ) -> Verdict:
     """Generation helps understanding only if what is generated inside the language model is semantic.
 
     Supported if V2 - V0 > 0, and V3 - V0 < 0 or V3 - V4 < 0, while the controls do not reproduce the gain: V2 - V6 > 0
-    and V2 - V7 > 0. Refuted if V2 - V0 < 0, if the pixel arm gains on both V0 and V4, or if a control is above V2. Each
-    means that the paired 95% interval at the largest size excludes 0.
+    and V2 - V7 > 0. Refuted if V2 - V0 < 0 while V2 does not rise faster (one that does is only stopped too early), if
+    the pixel arm gains on both V0 and V4, or if a control is above V2. Each means that the paired 95% interval at the
+    largest size excludes 0; the level is that of one comparison, not of the claim.
 
     Args:
         semantic: V2 - V0, embedding against understanding.
@@ -408,6 +410,7 @@ def claim_1(
         pixel_against_decoder: V3 - V4, against the detached decoder.
         over_capacity: V2 - V6, against the unused head.
         over_shuffled: V2 - V7, against shuffled targets.
+        slope: of V2 - of V0, at the largest sizes.
         None for what was not measured.
     """
     named = {
@@ -424,7 +427,7 @@ def claim_1(
         _positive(over_shuffled),
     ]
     refutes = [
-        _negative(semantic),
+        _negative(semantic) and not _positive(slope),
         _positive(pixel) and _positive(pixel_against_decoder),
         _negative(over_capacity),
         _negative(over_shuffled),
@@ -446,7 +449,11 @@ def claim_2(slope: SeedEstimate | None, crossing: Crossover | None) -> Verdict:
 
 
 def claim_3(
-    errors: Mapping[int, SeedEstimate], scores: Mapping[str, SeedEstimate], *, margin: float, least_steps: int = 16
+    errors: Mapping[int, SeedEstimate],
+    scores: Mapping[str, SeedEstimate | None],
+    *,
+    margin: float,
+    least_steps: int = 16,
 ) -> Verdict:
     """Predicting the input embedding beats predicting the vision encoder's output.
 
@@ -456,7 +463,8 @@ def claim_3(
 
     Args:
         errors: error of V2 - error of V1, both mapped to one space, by the number of free-run steps k.
-        scores: V2 - V1 by what was asked, such as "questions" and "probe of colour".
+        scores: V2 - V1 by what was asked, such as "questions" and "probes"; None for what was not measured, without
+            which the claim cannot be supported.
         margin: in the unit of the scores.
     """
     if margin < 0:
@@ -467,10 +475,10 @@ def claim_3(
         bool(late)
         and bool(asked)
         and all(_negative(e) for e in late.values())
-        and all(score.low > -margin for score in scores.values())
+        and all(score is not None and score.low > -margin for score in scores.values())
     )
-    worse = any(score.negative and not score.low > -margin for score in scores.values())
-    within = {name for name, score in asked.items() if score.low > -margin}
+    worse = any(_negative(score) and not score.low > -margin for score in scores.values() if score is not None)
+    within = {name for name, score in asked.items() if score is not None and score.low > -margin}
     verdict = _verdict(3, {**late, **asked}, supported, worse or any(_positive(e) for e in late.values()), within)
     missing = [
         f"{what}: not measured"

@@ -35,6 +35,8 @@ from palate.training.stream import Cursor, Loaded, Stream, Unit, part
 
 log = logging.getLogger(__name__)
 
+HOPELESS = 8  # samples that could not be read, where none could, end a run
+
 
 @dataclass(frozen=True)
 class LoopConfig:
@@ -245,6 +247,8 @@ def train(
         except guards.TrainingStopped:  # on all ranks
             _finish_saving(store)
             raise
+    if state.corrupt and not any(state.updates.values()):
+        raise guards.TrainingStopped(f"nothing was learned: none of {state.corrupt} samples could be read")
     seconds = time.perf_counter() - started
     return TrainingSummary(state.step, resumed, state.loss, state.updates, state.corrupt, seconds)
 
@@ -378,6 +382,12 @@ class _Run:
             self.state.corrupt += len(corrupt)
             if self.log:
                 self.log.corrupt(self.state.step + 1, corrupt)
+            learned = any(self.state.updates.values()) or any(theirs for theirs, _, _ in gathered)
+            if not learned and self.state.corrupt >= HOPELESS:
+                raise guards.TrainingStopped(
+                    f"step {self.state.step + 1}: none of the first {self.state.corrupt} samples could be read; the "
+                    f"last one: {corrupt[-1]}. See corrupt.jsonl: give other data, or other settings"
+                )
             if self.state.corrupt > self.config.max_corrupt:
                 raise guards.TrainingStopped(
                     f"step {self.state.step + 1}: {self.state.corrupt} samples could not be read, but max_corrupt is "

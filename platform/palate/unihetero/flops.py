@@ -24,6 +24,8 @@ Pixels = Literal["none", "inside", "decoder"]
 DRAWS = 4  # of noise for each token in a diffusion loss (MAR's diffusion_batch_mul)
 DECODER_LAYERS = 2  # of the pixel decoder's transformer
 IMAGE_MARKS = 2  # tokens: where an image starts and ends
+# Language models whose feed-forward layers have no gate; all others that are in use have one.
+UNGATED = {"gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "phi", "starcoder2", "mpt", "codegen"}
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,7 @@ def shape_of(config: Any) -> ModelShape:
     """The shape of a ``UniHeteroConfig``."""
     text, vision = config.text_config, config.vision_config
     head: Head = "none" if config.semantic == "none" else "diffusion" if config.semantic_loss == "diffusion" else "mlp"
-    layers = _layers(text, gated=True)
+    layers = _layers(text, gated=text.model_type not in UNGATED)
     return ModelShape(
         text=layers,
         vocabulary=text.vocab_size,
@@ -316,7 +318,8 @@ def _visual(shape: ModelShape, vision: VisionShape, visual: float, images: float
 
 def _layers(config: Any, gated: bool) -> TransformerShape:
     heads = config.num_attention_heads
-    intermediate = getattr(config, "intermediate_size", None) or int(config.hidden_size * config.mlp_ratio)
+    intermediate = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    intermediate = intermediate or int(config.hidden_size * getattr(config, "mlp_ratio", 4))
     if gated and not hasattr(config, "intermediate_size"):
         intermediate = (intermediate * 2 // 3 + 7) // 8 * 8  # DINOv2's SwiGLU
     return TransformerShape(

@@ -437,6 +437,11 @@ def _upper_layers(text: Any, start: int) -> PreTrainedModel:
     if values.get("layer_types"):
         values["layer_types"] = values["layer_types"][start:]
     branch = AutoModel.from_config(type(text).from_dict(values))
+    if not isinstance(getattr(branch, "layers", None), nn.ModuleList):
+        # Others add learned positions to what they are given, which would come in twice.
+        raise ValueError(
+            f"a {text.model_type} cannot be branched: the arm isolated needs a model with rotary positions"
+        )
     branch.set_input_embeddings(nn.Embedding(1, text.hidden_size))
     branch.get_input_embeddings().requires_grad_(False)
     return cast(PreTrainedModel, branch)

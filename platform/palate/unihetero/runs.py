@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase, ViTModel
 
 from palate import artifacts
 from palate.artifacts import Artifact
-from palate.config import identity
+from palate.config import identity, require_at_least
 from palate.corpora import vqa
 from palate.corpora.worlds import scenes
 from palate.models.small_lm import small_llama, word_tokenizer
@@ -75,6 +75,15 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(ramp=40, momentum=0.99))
     monitor_every: int = 100
     """Steps between looks at targets and gradients."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "batch", "samples", "width", "layers", "warmup", "monitor_every")
+        if odd := [size for size in (self.samples, *self.stops) if size % self.batch]:
+            raise ValueError(f"samples and stops are whole batches of {self.batch}, found {odd}")
+        if len({self.samples, *(stop for stop in self.stops if stop < self.samples)}) < 3:
+            raise ValueError(
+                f"--stops: a slope needs two sizes below {self.samples} samples at least, got {self.stops}"
+            )
 
 
 class Examples:

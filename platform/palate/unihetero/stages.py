@@ -8,7 +8,7 @@ conversations). Started again, a run goes on where it was; a finished one does n
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ from palate.unihetero.objectives import ObjectiveConfig
 from palate.unihetero.phrasing import add_image_tokens, with_tokens
 from palate.unihetero.processing import UniHeteroProcessor
 from palate.unihetero.sources import Decode, token_lengths
-from palate.unihetero.training import PretrainConfig, pretrain
+from palate.unihetero.training import LOSSES, PretrainConfig, pretrain
 
 KIND = "unihetero-model"
 
@@ -69,7 +69,8 @@ class TrainConfig:
     merge: Literal["mean", "concatenate"] = "mean"
     """How patches become fewer tokens."""
     text_first: float = 0.25
-    """Share of captioned samples that are written text first, to draw."""
+    """Share of captioned samples that are written text first, to draw; none in the stage projector, to which they would
+    say nothing."""
     longest: int = 2048
     """Tokens of a sample; longer ones are cut."""
     pack: int | None = None
@@ -102,6 +103,16 @@ class TrainConfig:
             raise ValueError("--arm shuffled is a control of the experiment (sweep), whose source draws other images")
         if (self.arm in ("pixel", "decoder")) != (self.vae is not None):
             raise ValueError(f"--vae goes with the arms pixel and decoder, and they need it; the arm is {self.arm}")
+        if self.arm == "curriculum" and self.train.stage == "projector":
+            raise ValueError("--stage projector learns from text, which --arm curriculum leaves out at first")
+        of_the_start = ("language", "vision", "image_tokens", "merge")
+        if self.start and (others := [name for name in of_the_start if getattr(self, name) != _default(name)]):
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+            raise ValueError(f"--start brings a model with all its parts: leave out {flags}")
+
+
+def _default(name: str) -> object:
+    return next(one.default for one in fields(TrainConfig) if one.name == name)
 
 
 @dataclass(frozen=True)
@@ -147,7 +158,7 @@ def pipeline(config: TrainConfig, world: World) -> Artifact:
             world,
             seed=config.seed,
             identity={"unihetero": described, "corpora": [index.digest for index in indexes.values()]},
-            latents=parts.latents,
+            latents=parts.latents if LOSSES[config.train.stage] != "text" else None,
             row=config.pack,
         )
     # Sharded weights are gathered by all ranks, and written by the first.
@@ -184,7 +195,10 @@ def load_parts(config: TrainConfig, device: str) -> Parts:
         size = int(np.array(image_processor(images=[Image.new("RGB", (64, 64))])["pixel_values"]).shape[-1])
         tokens = config.image_tokens or (size // vision.config.patch_size) ** 2
         processor = UniHeteroProcessor(image_processor, tokenizer, image_tokens=tokens)
-        scale_of_text = float(language.get_input_embeddings().weight.detach().float().square().mean().sqrt())
+        # Of what the module gives, which in some models (Gemma) is more than its weight says.
+        with torch.no_grad():
+            texts = language.get_input_embeddings()(torch.arange(min(len(tokenizer), 4096), device=language.device))
+        scale_of_text = float(texts.float().square().mean().sqrt())
         settings = UniHeteroConfig(
             text_config=language.config,
             vision_config=vision.config,
@@ -209,7 +223,8 @@ def stream_of(config: TrainConfig, indexes: list[Artifact], processor: UniHetero
     """The global batches over the corpora."""
     folder = config.cache or str(artifacts.cache_folder() / "shards")
     cache = Cache(folder, int(config.cache_gb * 1e9))
-    decode = Decode(processor, config.text_first, config.longest)
+    share = 0.0 if config.train.stage == "projector" else config.text_first
+    decode = Decode(processor, share, config.longest)
     sources = [ShardSource(index, decode, cache, name=f"corpus{n}") for n, index in enumerate(indexes)]
     packing = None
     if config.pack is not None:
@@ -256,11 +271,13 @@ def _write(
 
 def _card(config: TrainConfig, summary: TrainingSummary) -> str:
     loss = "none" if summary.loss is None else f"{summary.loss:.4f}"
+    began = f"Language model `{config.language}`, vision encoder `{config.vision}` (frozen)"
+    if config.start is not None:
+        began = f"From the run `{config.start}`"
     return (
         "---\nlibrary_name: transformers\ntags: [unihetero, vision-language]\n---\n\n"
         f"# A unified vision-language model (arm `{config.arm}`)\n\n"
-        f"Language model `{config.language}`, vision encoder `{config.vision}` (frozen), stage `{config.train.stage}`, "
-        f"{summary.steps} updates of {config.train.batch}; last loss {loss}.\n\n"
+        f"{began}, stage `{config.train.stage}`, {summary.steps} updates of {config.train.batch}; last loss {loss}.\n\n"
         "```python\nimport palate.unihetero.processing  # registers the classes\n"
         "from transformers import AutoModel, AutoProcessor\n\n"
         'model, processor = AutoModel.from_pretrained("."), AutoProcessor.from_pretrained(".")\n```\n'

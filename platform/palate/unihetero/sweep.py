@@ -101,7 +101,7 @@ def tasks(config: SweepConfig) -> list[Task]:
     found = []
     for seed in range(max(config.seeds, config.control_seeds)):
         wanted = [*config.arms * (seed < config.seeds), *config.controls * (seed < config.control_seeds)]
-        for arm in wanted:
+        for arm in dict.fromkeys(wanted):
             extra = config.baseline_extra if arm == BASELINE else 0.0
             samples = round(config.runs.samples * (1 + extra)) // config.runs.batch * config.runs.batch
             found.append(Task(arm, seed, samples))
@@ -177,7 +177,11 @@ def _spread(config: SweepConfig, work: Sequence[tuple[Any, ...]]) -> list[Any]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(config.workers, mp_context=context, initializer=_one_thread) as pool:
         waiting = [pool.submit(_do, config, *piece) for piece in work]
-        return [future.result() for future in progress.track(waiting, "runs")]
+        try:
+            return [future.result() for future in progress.track(waiting, "runs")]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what has not begun; what runs is finished, to be found next time
+            raise
 
 
 def _one_thread() -> None:
