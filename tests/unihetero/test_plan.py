@@ -73,8 +73,11 @@ def test_what_the_arms_cost() -> None:
 def test_latents_are_stored_for_pixels_only() -> None:
     assert plan(PlanConfig()).storage.latents == 0
     # Cached KL-16 posteriors: 16 KB an image, 3.3 TB for 200M.
-    assert plan(PlanConfig(arm="decoder")).storage.latents == pytest.approx(3277, rel=0.001)
-    assert plan(PlanConfig(arm="decoder", cache_latents=False)).storage.latents == 0
+    cached, made = plan(PlanConfig(arm="decoder", cache_latents=True)), plan(PlanConfig(arm="decoder"))
+    assert cached.storage.latents == pytest.approx(3277, rel=0.001)
+    assert made.storage.latents == 0
+    assert made.flops.total - cached.flops.total == pytest.approx(137e9)
+    assert plan(PlanConfig()).flops.total == plan(PlanConfig(cache_latents=True)).flops.total
 
 
 def test_sharding_divides_weights_gradients_and_moments() -> None:

@@ -183,6 +183,7 @@ def flops_per_sample(
     encoded: bool = False,
     checkpoint_activations: bool = False,
     stage: Literal["projector", "joint", "pixels"] = "joint",
+    latents: float = 0.0,
 ) -> Flops:
     """The FLOPs of training on one sample.
 
@@ -194,6 +195,7 @@ def flops_per_sample(
         checkpoint_activations: the language model's layers (and the branch's) run forward twice.
         stage: what is trained; a part that is not needed for it costs nothing, and one that stands still has no
             gradients of its weights.
+        latents: FLOPs of making an image's latents, if they are made: by an autoencoder that stands still.
     """
     visual = shape.image_tokens * images
     tokens = text_tokens + visual + (IMAGE_MARKS * images if shape.vision is not None else 0)
@@ -205,6 +207,8 @@ def flops_per_sample(
     }
     if shape.vision is not None and visual:
         parts |= _visual(shape, shape.vision, visual, images, encoded)
+        if shape.pixels != "none" and latents:
+            parts["autoencoder"] = Cost(latents * images)
     if shape.branch_layers and visual:
         parts["branch"] = _times(transformer(text, tokens), shape.branch_layers / text.layers)
     if stage == "projector":
@@ -217,7 +221,7 @@ def flops_per_sample(
             "text head": Cost(parts["text head"].forward, parts["text head"].forward),
         }
     elif stage == "pixels":
-        needed = ["vision encoder", "pixel head"]
+        needed = ["vision encoder", "autoencoder", "pixel head"]
         if shape.pixels == "inside":  # on the states of a language model that stands still
             parts |= {name: Cost(parts[name].forward) for name in ("projector", "language layers") if name in parts}
             needed += ["projector", "language layers"]

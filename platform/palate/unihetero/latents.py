@@ -4,12 +4,14 @@ A KL autoencoder (diffusers' AutoencoderKL; MAR's has 16 channels and a stride o
 cut into as many square patches as the image has visual tokens, so that token i of one is token i of the other.
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def to_tokens(latents_NCHW: Tensor, tokens: int) -> Tensor:
@@ -75,6 +77,14 @@ class LatentMaker:
     def width(self) -> int:
         """Values of a latent token, at the smallest resolution that fits: one latent each."""
         return int(self.vae.config.latent_channels)
+
+    @cached_property
+    def flops(self) -> float:
+        """Of making an image's latents, counted once."""
+        device = next(self.vae.parameters()).device
+        with FlopCounterMode(display=False) as counter:
+            self(torch.zeros(1, 3, self.side * self.stride, self.side * self.stride, device=device))
+        return float(counter.get_total_flops())
 
     @torch.no_grad()
     def __call__(self, pixel_values_I3HW: Tensor) -> Tensor:

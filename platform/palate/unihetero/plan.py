@@ -129,14 +129,16 @@ class PlanConfig:
     """The language model's layers run forward again in the backward pass."""
     sample_kb: float = 35
     """A sample in the shards, in 1000 bytes (DataComp: 4.5 TB for 128M)."""
-    cache_latents: bool = True
-    """Latents are computed once and stored, for the arms that tell pixels."""
+    cache_latents: bool = False
+    """Latents come with the samples from a source of one's own; jobs/unihetero.py makes them at every step."""
+    latents_gflops: float = 137
+    """Of making an image's latents, for the arms that tell pixels (KL-16's encoder at 256 pixels)."""
     checkpoint_minutes: float = 30
     """Between checkpoints."""
     keep: int = 2
     """Checkpoints kept to go on from."""
-    keep_for_good: int = 6
-    """Checkpoints kept for evaluation, at log-spaced sample counts, without the optimizer's moments."""
+    keep_for_good: int = 0
+    """Weights that are kept beside, such as for evaluation; jobs/unihetero.py keeps none but the last."""
     checkpoint_gb_per_second: float = 2.0
     """At which all accelerators together write to storage."""
     storage_months: float = 1.0
@@ -507,6 +509,7 @@ def _flops(config: PlanConfig, arm: ArmName) -> Flops:
         config.text_tokens,
         config.supervised_tokens,
         checkpoint_activations=config.checkpoint_activations,
+        latents=0.0 if config.cache_latents else config.latents_gflops * 1e9,
     )
 
 

@@ -16,6 +16,7 @@ from palate.training.stream import Stream
 from palate.unihetero.arms import Arm
 from palate.unihetero.averages import Average
 from palate.unihetero.flops import IMAGE_MARKS, flops_per_sample, shape_of
+from palate.unihetero.latents import LatentMaker
 from palate.unihetero.model import Losses, UniHeteroModel
 from palate.unihetero.objectives import (
     ObjectiveConfig,
@@ -148,7 +149,12 @@ class Pretraining:
         images = max(1.0, totals.get("visual", 0.0) / self.model.config.image_tokens)
         text = max(1.0, totals["tokens"] / images - self.model.config.image_tokens - IMAGE_MARKS)
         one = flops_per_sample(
-            shape_of(self.model.config), text, totals["text"] / images, encoded=self.encoded, stage=self.config.stage
+            shape_of(self.model.config),
+            text,
+            totals["text"] / images,
+            encoded=self.encoded,
+            stage=self.config.stage,
+            latents=self.latents.flops if isinstance(self.latents, LatentMaker) else 0.0,
         )
         return images * one.total
 
