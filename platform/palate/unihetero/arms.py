@@ -1,7 +1,7 @@
 """The arms of the experiment as settings of one code path (spec of the comparison: which losses there are, what they
 predict, and where their gradient goes)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from palate.unihetero.model import Pixels, Semantic, SemanticLoss, Target, UniHeteroConfig
@@ -71,8 +71,3 @@ def configured(config: UniHeteroConfig, arm: Arm, loss: SemanticLoss, branch_fro
     }
     values.pop("model_type", None)
     return UniHeteroConfig(**values)
-
-
-def with_target(arm: Arm, target: Target | None) -> Arm:
-    """The arm with another target, where it is one of embeddings and the arm is not about the target."""
-    return arm if target is None or arm.target == "open" else replace(arm, target=target)

@@ -186,7 +186,8 @@ def free_run(
         made_IPd = true_IPd.clone()
         for rows, prefix in _by_length(phrasing, captions):
             start = torch.cat([image_prefix(model, prefix.to(model.device)), true_IPd[rows, : tokens - k]], dim=1)
-            made_IPd[rows, tokens - k :] = draw_embeddings(Stream.begin(model, start), k)
+            generators = [torch.Generator().manual_seed(row) for row in rows]
+            made_IPd[rows, tokens - k :] = draw_embeddings(Stream.begin(model, start), k, generators)
         shares.append(explained(made_IPd, tokens - k))
         losses.append(_caption_loss(model, phrasing, made_IPd, captions))
     true_loss = _caption_loss(model, phrasing, true_IPd, captions)
