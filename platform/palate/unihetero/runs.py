@@ -52,9 +52,9 @@ _PROBED = (3000, 1000)  # images that probes are fitted on, and tested on
 class RunConfig:
     """What all runs of an experiment have in common."""
 
-    samples: int = 80_000
+    samples: int = 16_384
     """That each run sees."""
-    stops: tuple[int, ...] = (2_560, 5_120, 10_240, 20_480, 40_960, 80_000)
+    stops: tuple[int, ...] = (2_048, 4_096, 8_192, 16_384)
     """Samples after which a run is measured; the last of all runs is the last of these up to ``samples``."""
     width: int = 96
     """Of the language model."""

@@ -92,7 +92,7 @@ class ScenesConfig:
 
     out: str = scale()  # folder or URL of the corpus
     encoder: int = 20_000  # scenes to train a vision encoder without labels
-    train: int = 80_000  # scenes with captions and questions
+    train: int = 30_000  # scenes with captions and questions
     validation: int = 500
     test: int = 1_000
     questions: int = 4  # of each training scene; others get one of each kind that has one
