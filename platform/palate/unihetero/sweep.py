@@ -67,8 +67,8 @@ class SweepConfig:
     control_seeds: int = scale(3)
     """0, 1, ..."""
     gradient_ratio: float = 0.2
-    """Norm that a loss's gradient in the language model has, over that of the text's: weights are set so that all arms
-    have it, by short runs with a seed of their own. 0: weights as given."""
+    """Norm that a loss's gradient in projector and language model has, over that of the text's: weights are
+    set so that all arms have it, by short runs with a seed of their own. 0: weights as given."""
     calibration_samples: int = 6_400
     """Of each short run."""
     baseline_extra: float = 0.7
