@@ -65,6 +65,8 @@ def test_what_is_run(settings):
     assert found[1] == ("embedding", 0, 48)
     assert len(found) == 2 * 4 + 2
     assert {arm for arm, seed, _ in found if seed == 1} == set(ARMS)
+    later = [(task.arm, task.seed, task.samples) for task in tasks(replace(settings, first_seed=5))]
+    assert later == [(arm, seed + 5, samples) for arm, seed, samples in found]
 
 
 def test_settings_that_cannot_be_compared_are_refused(settings):

@@ -63,9 +63,11 @@ class SweepConfig:
     controls: tuple[str, ...] = scale(CONTROLS)
     """Compared over ``control_seeds`` seeds; random:ARM is an arm on an encoder of random weights."""
     seeds: int = scale(5)
-    """0, 1, ..."""
+    """Of each arm: ``first_seed``, ``first_seed`` + 1, ..."""
     control_seeds: int = scale(3)
-    """0, 1, ..."""
+    """Of each control, from the same first one."""
+    first_seed: int = scale(0)
+    """Later ones, into an ``out`` of their own, confirm what earlier ones suggest."""
     gradient_ratio: float = 0.2
     """Norm that a loss's gradient in projector and language model has, over that of the text's: weights are
     set so that all arms have it, by short runs with a seed of their own. 0: weights as given."""
@@ -78,7 +80,7 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "seeds", "control_seeds", "workers")
-        require_at_least(self, 0, "gradient_ratio", "baseline_extra")
+        require_at_least(self, 0, "gradient_ratio", "baseline_extra", "first_seed")
         known = set(ARMS)
         for name in (*self.arms, *self.controls):
             if name.rpartition(":")[2] not in known or name.rpartition(":")[0] not in ("", "random"):
@@ -104,7 +106,7 @@ def tasks(config: SweepConfig) -> list[Task]:
         for arm in dict.fromkeys(wanted):
             extra = config.baseline_extra if arm == BASELINE else 0.0
             samples = round(config.runs.samples * (1 + extra)) // config.runs.batch * config.runs.batch
-            found.append(Task(arm, seed, samples))
+            found.append(Task(arm, config.first_seed + seed, samples))
     return found
 
 
