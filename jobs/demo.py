@@ -82,9 +82,9 @@ class DemoConfig:
     image_steps: int = 800
     """Of training the image generator from nothing."""
     scenes: bool = scale(True)
-    """And with scenes: UniHetero on questions about coloured shapes."""
-    scene_steps: int = 100
-    """Of training the unified model, 32 scenes each."""
+    """And with scenes of one object: UniHetero on questions about coloured shapes."""
+    scene_steps: int = 400
+    """Of training the unified model, 8 scenes each."""
     fresh: bool = scale(False)
     """Discard what --out holds and begin anew."""
 
@@ -251,7 +251,9 @@ def ask_about_a_scene(config: DemoConfig) -> None:
     """Train a small unified model on captioned scenes with questions, and ask it about one that it has not seen."""
     folder = partial(join, config.out)
     corpus = scenes.prepare(
-        scenes.ScenesConfig(out=folder("scenes"), encoder=600, train=4000, validation=1, test=60, fresh=config.fresh)
+        scenes.ScenesConfig(
+            out=folder("scenes"), encoder=600, train=4000, validation=1, test=60, objects=1, fresh=config.fresh
+        )
     )
     index = captions.prepare(
         CaptionsConfig(
@@ -263,7 +265,7 @@ def ask_about_a_scene(config: DemoConfig) -> None:
     )
     parts = make_parts(
         PartsConfig(
-            corpus=corpus.url, out=folder("scene-parts"), encoder_steps=50, autoencoder_steps=25, fresh=config.fresh
+            corpus=corpus.url, out=folder("scene-parts"), encoder_steps=50, autoencoder_steps=20, fresh=config.fresh
         )
     )
     settings = TrainConfig(
@@ -274,7 +276,7 @@ def ask_about_a_scene(config: DemoConfig) -> None:
         image_tokens=TOKENS,
         merge=MERGE,
         train=PretrainConfig(
-            steps=config.scene_steps, batch=32, micro_batch=32, learning_rate=2e-3, checkpoint_every=config.scene_steps
+            steps=config.scene_steps, batch=8, micro_batch=8, learning_rate=2e-3, checkpoint_every=config.scene_steps
         ),
         fresh=config.fresh,
     )

@@ -40,6 +40,13 @@ def test_objects_stand_in_places_of_their_own_and_inside_the_image():
     assert all(counts[count] == pytest.approx(75, abs=30) for count in range(1, 5))
 
 
+def test_scenes_may_be_of_fewer_objects(tmp_path):
+    one = scenes.prepare(scenes.ScenesConfig(out=f"{tmp_path}/one", objects=1, **SMALL))
+    assert {len(example["objects"]) for example in vqa.read_split(one, "train").facts} == {1}
+    with pytest.raises(CorpusError, match="--objects is 1 to 4"):
+        scenes.ScenesConfig(out="x", objects=5)
+
+
 def test_pictures_show_the_colours_where_they_are_said():
     found, _ = drawn(100, seed=1)
     pictures = scenes.paint(found)

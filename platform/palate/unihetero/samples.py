@@ -104,23 +104,27 @@ def collate(rows: Sequence[Sequence[Sample]], padding: int = 0) -> Batch:
         ValueError: some samples bring pixels and others features, or some latents and others none.
     """
     length = max(sum(sample.length for sample in row) for row in rows)
-    shape = len(rows), length
-    ids, labels = torch.full(shape, padding), torch.full(shape, IGNORED)
-    places, owners, segments = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1), torch.zeros(shape).long()
-    for number, row in enumerate(rows):
-        start = 0
+    # Plain lists, made tensors once: writing each segment into a tensor took longer than a small model's forward pass.
+    ids, labels, places, owners, segments = (list[list[int]]() for _ in range(5))
+    for row in rows:
+        for column in (ids, labels, places, owners, segments):
+            column.append([])
         for owner, sample in enumerate(row):
             prefix = len(sample.prefix)
+            start = len(labels[-1])
             parts = [(sample.prefix, sample.prefix_labels or (IGNORED,) * prefix, 0)]
             parts += [(segment.ids, segment.labels, prefix) for segment in sample.segments]
             for which, (tokens, marks, first) in enumerate(parts):
-                inside = slice(start, start + len(tokens))
-                ids[number, inside] = torch.tensor(tokens, dtype=torch.long)
-                labels[number, inside] = torch.tensor(marks, dtype=torch.long)
-                places[number, inside] = torch.arange(first, first + len(tokens))
-                owners[number, inside], segments[number, inside] = owner, which
-                start += len(tokens)
-            labels[number, start - sample.length] = IGNORED  # predicted from nothing
+                ids[-1] += tokens
+                labels[-1] += marks
+                places[-1] += range(first, first + len(tokens))
+                owners[-1] += [owner] * len(tokens)
+                segments[-1] += [which] * len(tokens)
+            labels[-1][start] = IGNORED  # predicted from nothing
+
+    def padded(lists: list[list[int]], value: int) -> Tensor:
+        return torch.tensor([one + [value] * (length - len(one)) for one in lists])
+
     samples = [sample for row in rows for sample in row if sample.images is not None]
     encoded = {sample.encoded for sample in samples}
     with_latents = {sample.latents is not None for sample in samples}
@@ -131,10 +135,10 @@ def collate(rows: Sequence[Sequence[Sample]], padding: int = 0) -> Batch:
     targets = [sample.targets for sample in samples if sample.targets is not None]
     seeds = [sample.seed * 64 + i for sample in samples for i in range(sample.image_count)]
     return Batch(
-        input_ids=ids,
-        attention_mask=visible(owners, segments),
-        position_ids=places,
-        labels=labels,
+        input_ids=padded(ids, padding),
+        attention_mask=visible(padded(owners, -1), padded(segments, 0)),
+        position_ids=padded(places, 0),
+        labels=padded(labels, IGNORED),
         pixel_values=None if encoded == {True} else images,
         image_features=images if encoded == {True} else None,
         latents=torch.cat(latents) if latents else None,

@@ -113,6 +113,11 @@ class Pretraining:
     look: bool = False
     encoded: bool = False
     """Whether samples bring the encoder's features, which then cost nothing."""
+    groups: tuple[str, ...] = field(init=False)
+    """What is trained; found once, for a walk over the model at every sample costs more than reading one."""
+
+    def __post_init__(self) -> None:
+        self.groups = tuple(name for name, _ in parameters(self.model, self.config.stage))
 
     def before_step(self, step: int) -> None:
         """What follows the update before, and the weights of the step's losses."""
@@ -142,7 +147,7 @@ class Pretraining:
             "visual": float(images * self.model.config.image_tokens),
             "tokens": float(sum(sample.length for sample in samples)),
         }
-        return weights | {name: 1.0 for name, _ in parameters(self.model, self.config.stage)}
+        return weights | dict.fromkeys(self.groups, 1.0)
 
     def flops(self, totals: Mapping[str, float]) -> float:
         """Model FLOPs of a global batch, its samples taken to be alike: images with as much text each."""

@@ -95,6 +95,7 @@ class ScenesConfig:
     train: int = 30_000  # scenes with captions and questions
     validation: int = 500
     test: int = 1_000
+    objects: int = MOST  # of a scene, at most
     questions: int = 4  # of each training scene; others get one of each kind that has one
     per_shard: int = 2_000
     seed: int = 0  # everything is a function of it
@@ -104,6 +105,8 @@ class ScenesConfig:
         for name in ("per_shard", "train", "test", "questions"):
             if getattr(self, name) < 1:
                 raise CorpusError(f"--{name.replace('_', '-')} is at least 1, got {getattr(self, name)}")
+        if not 1 <= self.objects <= MOST:
+            raise CorpusError(f"--objects is 1 to {MOST}, for a scene has as many places; got {self.objects}")
 
 
 def prepare(config: ScenesConfig) -> Artifact:
@@ -115,7 +118,7 @@ def prepare(config: ScenesConfig) -> Artifact:
             random = np.random.default_rng(np.random.SeedSequence([config.seed, number]))
             counts[split], tested = getattr(config, split), []
             for shard, start in enumerate(range(0, counts[split], config.per_shard)):
-                drawn = [draw(random) for _ in range(min(config.per_shard, counts[split] - start))]
+                drawn = [draw(random, config.objects) for _ in range(min(config.per_shard, counts[split] - start))]
                 wanted = config.questions if split == "train" else None
                 asked = [tuple(ask(scene, random, wanted)) for scene in drawn]
                 found = [
@@ -138,9 +141,9 @@ def vocabulary() -> list[str]:
     return sorted(words)
 
 
-def draw(random: np.random.Generator) -> Described:
-    """A scene; shapes, colours, places and all else independent and uniform."""
-    count = int(random.integers(1, MOST + 1))
+def draw(random: np.random.Generator, most: int = MOST) -> Described:
+    """A scene of 1 to ``most`` objects; shapes, colours, places and all else independent and uniform."""
+    count = int(random.integers(1, most + 1))
     places = sorted(random.choice(len(PLACES), size=count, replace=False))
     step = SIDE / GRID
     objects = []
