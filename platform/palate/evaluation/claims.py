@@ -315,7 +315,8 @@ def _plot(found: Findings, path: Path) -> None:
     for number, (arm, curves) in enumerate(found.curves.items()):
         style = "--" if len(curves.seeds) < len(found.curves[BASELINE].seeds) else "-"
         colour = f"C{number % 10}"
-        left.plot(curves.sizes, curves.scores["all"].mean(0), style, marker="o", ms=3, color=colour, label=arm)
+        marker = "os^"[number // 10 % 3]  # ten colours come again
+        left.plot(curves.sizes, curves.scores["all"].mean(0), style, marker=marker, ms=4, color=colour, label=arm)
         if arm == BASELINE:
             continue
         sizes = common(curves, found.curves[BASELINE])
@@ -324,7 +325,7 @@ def _plot(found: Findings, path: Path) -> None:
         bounds = np.nan_to_num(np.array([[e.value - e.low, e.high - e.value] for e in estimates]).T)
         shift = 1 + 0.02 * (number - len(found.curves) / 2)
         right.errorbar(
-            np.array(sizes) * shift, values, bounds, fmt=style, marker="o", ms=3, color=colour, lw=1, capsize=2
+            np.array(sizes) * shift, values, bounds, fmt=style, marker=marker, ms=4, color=colour, lw=1, capsize=2
         )
     right.axhline(0, color="black", lw=0.8)
     measured = sorted({size for curves in found.curves.values() for size in curves.sizes})
