@@ -1,7 +1,6 @@
 """Evaluate finished runs beside their baselines and controls. Run with --help, or a subcommand and --help."""
 
-import tyro
-
+from palate import config as configs
 from palate.artifacts import ArtifactError, open_artifact
 from palate.corpora.schema import TEXT_CORPUS
 from palate.evaluation import images, vision
@@ -15,7 +14,7 @@ from palate.evaluation.vision import VisionConfig
 def main() -> None:
     # Flags without the names of nested settings, as everywhere else.
     subcommands = {"text": TextConfig, "images": ImagesConfig, "vision": VisionConfig}
-    config = tyro.extras.subcommand_cli_from_dict(subcommands, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    config = configs.parse_command(subcommands, __doc__)
     try:
         EVALUATE[type(config)](config)
     except (ArtifactError, ValueError, OSError) as error:

@@ -4,8 +4,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
+from palate import config as configs
 from palate.artifacts import ArtifactError
 from palate.config import scale
 from palate.distributed.launch import launch
@@ -72,7 +71,7 @@ RUN = {TrainConfig: train, PartsConfig: parts, SweepConfig: experiment, ReportCo
 
 
 def main() -> None:
-    config = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    config = configs.parse_command(COMMANDS, __doc__)
     try:
         RUN[type(config)](config)
     except (ArtifactError, TrainingStopped, ValueError, OSError) as error:

@@ -43,6 +43,29 @@ def test_what_a_config_refuses_ends_the_program_with_its_words(capsys: pytest.Ca
         assert message in capsys.readouterr().err
 
 
+def test_a_config_in_a_file_is_taken_and_overridden(tmp_path: Path) -> None:
+    file = tmp_path / "best.json"
+    file.write_text(json.dumps(configs.to_dict(Checked(batch=9, dropout_share=0.3))))
+    assert configs.parse(Checked, None, ["--config", str(file)]) == Checked(9, 0.3)
+    assert configs.parse(Checked, None, ["--config", str(file), "--batch", "2"]) == Checked(2, 0.3)
+    assert configs.parse(Checked, None, ["--config", file.as_uri()]) == Checked(9, 0.3)
+    file.write_text(json.dumps({"batches": 9}))
+    with pytest.raises(SystemExit, match=r"best.json: Checked has no field 'batches'"):
+        configs.parse(Checked, None, ["--config", str(file)])
+    with pytest.raises(SystemExit, match="--config .*none.json"):
+        configs.parse(Checked, None, ["--config", str(tmp_path / "none.json")])
+
+
+def test_a_command_takes_a_config_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "best.json"
+    file.write_text(json.dumps(configs.to_dict(Checked(batch=9))))
+    commands = {"check": Checked, "read": Source}
+    monkeypatch.setattr("sys.argv", ["job", "check", "--config", str(file), "--dropout-share", "0.2"])
+    assert configs.parse_command(commands) == Checked(9, 0.2)
+    monkeypatch.setattr("sys.argv", ["job", "read", "--weight", "3"])
+    assert configs.parse_command(commands) == Source(weight=3.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """How it learns."""

@@ -6,9 +6,11 @@ logging). Only identity fields decide whether a finished artifact can be used ag
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import fsspec
 import pydantic
 import tyro
 
@@ -22,8 +24,42 @@ def scale(default: Any = dataclasses.MISSING, **keywords: Any) -> Any:
 
 def parse(config_type: Any, description: str | None = None, arguments: Sequence[str] | None = None) -> Any:
     """The config that the command line states; unknown or ill-typed flags end the program with help, and so do values
-    that the config itself refuses (``require``)."""
-    return tyro.cli(config_type, description=description, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+    that the config itself refuses (``require``).
+
+    ``--config FILE`` first: the values that ``to_dict`` wrote there, of which further flags override some.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    known: dict[str, Any] = {}
+    if dataclasses.is_dataclass(config_type):
+        hint = "--config FILE, first: values as a sweep wrote them; flags override these."
+        description = f"{(description or '').rstrip()}\n\n{hint}"
+        if given[:1] == ["--config"]:
+            known["default"] = read(config_type, given[1] if len(given) > 1 else "")
+            given = given[2:]
+    return tyro.cli(config_type, description=description, args=given, config=(tyro.conf.OmitArgPrefixes,), **known)
+
+
+def parse_command(commands: Mapping[str, Any], description: str | None = None) -> Any:
+    """As ``parse``, for a script with subcommands: the config of the one that is named."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in commands and sys.argv[2:3] == ["--config"]:
+        return parse(commands[name], description, sys.argv[2:])
+    return tyro.extras.subcommand_cli_from_dict(
+        dict(commands), description=description, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+def read(config_type: type[T], path: str) -> T:
+    """The config in a JSON file, at a path or URL, that ``to_dict`` wrote.
+
+    Raises:
+        SystemExit: there is no such file, or it holds something else; the message says what.
+    """
+    try:
+        with fsspec.open(path, encoding="utf-8", mode="rt") as file:
+            return from_dict(config_type, json.load(file))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--config {path}: {error}") from None
 
 
 def require(config: Any, valid: Callable[[Any], bool], expected: str, *names: str) -> None:

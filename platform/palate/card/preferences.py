@@ -9,7 +9,7 @@ is unique, and needs no negatives (``palate.card.fitting``).
 Symbols: N positions, k candidates, d features, J width of a vector, U people, S texts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,20 @@ class Positions:
     def select(self, mask_N: Tensor) -> "Positions":
         """The positions of ``mask_N``; texts keep their numbers."""
         return Positions(*(getattr(self, name)[mask_N] for name in self.__dataclass_fields__))
+
+    def likeliest(self, k: int) -> "Positions":
+        """The same positions with their ``k`` likeliest candidates only, as decoding with a smaller top-k has them.
+
+        Raises:
+            ValueError: there are fewer candidates.
+        """
+        if k > (most := self.candidates_Nk.shape[1]):
+            raise ValueError(f"top-k {k} is more than the {most} candidates that were kept: choose at most {most}")
+        log_probs_Nk, places_Nk = self.log_probs_Nk.topk(k, dim=1)
+        among_Nk = (places_Nk == self.target_N[:, None]) & (self.target_N != ABSENT)[:, None]
+        target_N = torch.where(among_Nk.any(1), among_Nk.int().argmax(1), ABSENT)
+        candidates_Nk = self.candidates_Nk.gather(1, places_Nk)
+        return replace(self, candidates_Nk=candidates_Nk, log_probs_Nk=log_probs_Nk, target_N=target_N)
 
 
 def log_ratios(delta_Nk: Tensor, log_probs_Nk: Tensor, target_N: Tensor, beta: float | Tensor = 1.0) -> Tensor:

@@ -87,6 +87,8 @@ class TextConfig:
     """What their LoRA starts from."""
     decoding_beta: float | None = None
     """Strength of the correction; by default the run's."""
+    decoding_top_k: int | None = None
+    """Likeliest tokens that are corrected; by default, and at most, as many as the run learned with."""
     max_new_tokens: int = 64
     """Longest answer."""
     resamples: int = 10_000
@@ -144,6 +146,10 @@ class Comparison:
         able = {item.user_id for item in self.items} & set(self.users)
         self.sampled = sample_people(able, config.per_user_sample, config.seed)
         self.beta = subject.beta if config.decoding_beta is None else config.decoding_beta
+        most = subject.head.top_k
+        self.top_k = most if config.decoding_top_k is None else config.decoding_top_k
+        if not 1 <= self.top_k <= most:
+            raise ValueError(f"--decoding-top-k is 1 to {most}, with which the run learned, got {self.top_k}")
         self.models = _Models(self)
 
     @cached_property
@@ -227,6 +233,8 @@ class Comparison:
             "beta": 0.0 if spec.vectors == "none" else self.beta,
             "max_new_tokens": self.config.max_new_tokens,
         }
+        if spec.vectors != "none" and self.top_k != self.subject.head.top_k:
+            identity["top_k"] = self.top_k
         return artifacts.ensure(
             self._url(f"generations/{self._folder(spec, draw)}"),
             partial(self._generate, spec=spec, draw=draw),
@@ -259,7 +267,8 @@ class Comparison:
 
     def positions(self, passes: tuple[AdapterSet, int]) -> Positions:
         """What the head sees of the scored texts, numbered as the rows of ``table``."""
-        return features.load_positions(self.likelihoods(passes).local("positions.safetensors"))
+        found = features.load_positions(self.likelihoods(passes).local("positions.safetensors"))
+        return found if self.top_k == self.subject.head.top_k else found.likeliest(self.top_k)
 
     def _folder(self, spec: Spec, draw: int) -> str:
         return f"{spec.name}-{draw}" if spec.drawn else spec.name
@@ -378,7 +387,7 @@ class Comparison:
         engine = Engine(
             loaded,
             rows,
-            self.subject.head if vectors else None,
+            dataclasses.replace(self.subject.head, top_k=self.top_k) if vectors else None,
             slots=min(self.config.slots, len(requests)),
             max_length=max(map(len, prompts)) + most,
         )

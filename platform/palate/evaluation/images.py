@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -91,6 +91,8 @@ class ImagesConfig:
     """Ranked lists: whose held-out captions, or edits, are drawn without --prompts; whose images tell the drift."""
     prompts: str | None = scale(None)
     """PartiPrompts .tsv, HPSv2 .json or a folder of them, .txt, or .jsonl."""
+    split: Literal["test", "validation"] = "test"
+    """Of the corpus. Choose settings on validation; report on test, once."""
     people: bool = False
     """Draw each held-out caption of the corpus for the people who ranked it."""
     max_prompts: int | None = None
@@ -249,7 +251,7 @@ class Comparison:
                 raise PromptError("--people is about a corpus' lists; in a .jsonl, give each prompt its user_id")
             found = read_prompts(config.prompts)
         elif self.corpus is not None:
-            found = corpus_prompts(self.corpus, people=config.people)
+            found = corpus_prompts(self.corpus, people=config.people, split=config.split)
         else:
             raise PromptError("give --prompts, or --corpus with held-out lists")
         if config.max_prompts is not None:
@@ -440,7 +442,7 @@ def relative_error(means: Array) -> Array:
 
 
 def held_out(corpus: Artifact, config: ImagesConfig) -> list[dict[str, Any]]:
-    """Real images of the split ``test`` with what they show: the corpus' plain scenes or edits, else the best image of
+    """Real images of the split with what they show: the corpus' plain scenes or edits, else the best image of
     each list; at most ``drift_images``, chosen by hash. None where the corpus has no images."""
     if not corpus.paths("images/", ".parquet"):
         return []
@@ -449,13 +451,13 @@ def held_out(corpus: Artifact, config: ImagesConfig) -> list[dict[str, Any]]:
     for folder, column in tables.items():
         for path in corpus.paths(f"{folder}/", ".parquet"):
             found = pq.read_table(corpus.local(path))
-            for row in found.filter(pc.equal(found["split"], "test")).to_pylist():
+            for row in found.filter(pc.equal(found["split"], config.split)).to_pylist():
                 text = row.get("instruction") or row["caption"]
                 rows.append({"image": row[column], "text": text, "source": row.get("source_uid")})
     if not rows:
         for path in corpus.paths("lists/", ".parquet"):
             found = pq.read_table(corpus.local(path), schema=LISTS)
-            for row in found.filter(pc.equal(found["split"], "test")).to_pylist():
+            for row in found.filter(pc.equal(found["split"], config.split)).to_pylist():
                 text = row["instruction"] or row["caption"]
                 rows.append({"image": row["items"][0]["image_uid"], "text": text, "source": row["source_image"]})
     unique = {json.dumps(row, sort_keys=True): row for row in rows}

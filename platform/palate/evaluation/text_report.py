@@ -60,7 +60,7 @@ def _write(comparison: Comparison, writer: Writer) -> None:
     systems = []
     for spec in progress.track(comparison.specs, "scoring"):
         drawn = [_text_scores(comparison, draw, golds, users, style, notes) for draw in answers[spec.name]]
-        scores = averaged(drawn) | _likelihood_scores(comparison, spec)
+        scores = averaged(drawn) | likelihood_metrics(comparison, spec)
         systems.append(report.System(spec.name, spec.label, scores, spec.kind))
     if isinstance(style, authorship.Classifier):
         own = authorship.score(style, golds, users)
@@ -124,7 +124,8 @@ def _trait_accuracy(comparison: Comparison, answers: Mapping[str, str]) -> Score
     return Scores(tuple(q.question_id for q in asked), tuple(q.user_id for q in asked), np.array(values))
 
 
-def _likelihood_scores(comparison: Comparison, spec: Spec) -> dict[str, Scores | str]:
+def likelihood_metrics(comparison: Comparison, spec: Spec) -> dict[str, Scores | str]:
+    """What a system makes of the people's own texts, without an answer drawn: bits per token and pair accuracies."""
     table = comparison.table(spec.passes)
     if spec.vectors != "none":
         positions, head = comparison.positions(spec.passes), comparison.subject.head

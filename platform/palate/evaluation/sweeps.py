@@ -1,0 +1,196 @@
+"""The report of a sweep: the metric at each value with its interval, as table, plot and JSON, and what was chosen.
+
+What is chosen is the value whose metric is best after the whole budget. The best of several is better on the data that
+chose it than it will be elsewhere, so the report ends with the command that measures it on data that chose nothing.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from palate import artifacts
+from palate.artifacts import join
+from palate.evaluation.statistics import Estimate
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What values are compared by."""
+
+    name: str
+    higher_is_better: bool
+    over: str  # what intervals are over, such as people
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination of values after one budget.
+
+    ``runs``: training seeds behind it. ``to_best``: the metric less that of the chosen combination, paired. ``others``:
+    further metrics by name.
+    """
+
+    values: Mapping[str, Any]
+    budget: int
+    runs: int
+    metric: Estimate
+    to_best: Estimate | None = None
+    others: Mapping[str, Estimate] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in self.values.items())
+
+
+def best(points: Sequence[Point], metric: Metric) -> Point:
+    """The point with the best metric among those of the largest budget; ties go to the earlier one.
+
+    Raises:
+        ValueError: there is none with a number.
+    """
+    whole = max((point.budget for point in points), default=0)
+    able = [point for point in points if point.budget == whole and not math.isnan(point.metric.value)]
+    if not able:
+        raise ValueError("no trial came to the end of its budget with a number: see the errors of the trials")
+    return (max if metric.higher_is_better else min)(able, key=lambda point: point.metric.value)
+
+
+def write(
+    points: Sequence[Point],
+    metric: Metric,
+    out: str,
+    *,
+    title: str,
+    budget: str,
+    chosen: Mapping[str, Any],
+    then: Sequence[str],
+    notes: Sequence[str] = (),
+) -> Point:
+    """Write OUT/report/{report.md, report.json, sweep.png} and OUT/best.json; returns the chosen point.
+
+    Args:
+        budget: what budgets count, such as epochs.
+        chosen: the config of the best run, as JSON values, that its job takes by ``--config``.
+        then: commands that go on from here.
+    """
+    winner = best(points, metric)
+    others = sorted({name for point in points for name in point.others})
+    swept = list(winner.values)
+    ordered = sorted(points, key=lambda point: (point.budget, *(_key(point.values[name]) for name in swept)))
+    rows = [
+        f"| {' | '.join([*swept, budget, 'runs', metric.name, 'less the best', *others])} |",
+        f"|{'---|' * (len(swept) + 4 + len(others))}",
+    ]
+    for point in ordered:
+        cells = [str(point.values[name]) for name in swept]
+        cells += [f"{point.budget:,}", str(point.runs), _shown(point.metric, mark=point is winner)]
+        cells += [_shown(point.to_best) if point.to_best and point is not winner else ""]
+        cells += [_shown(point.others[name]) if name in point.others else "" for name in others]
+        rows.append(f"| {' | '.join(cells)} |")
+    better = "more" if metric.higher_is_better else "less"
+    text = [
+        f"# {title}",
+        "",
+        f"{metric.name} ({better} is better), with 95% intervals over {metric.over}. Chosen: **{winner.name}**.",
+        "Intervals are of single values; the best of several looks better on what chose it than it is.",
+        *[f"- {note}" for note in notes],
+        "",
+        *rows,
+        "",
+        "![The metric at each value](sweep.png)",
+        "",
+        "Go on:",
+        "",
+        *[f"    {line}" for line in then],
+        "",
+    ]
+    described = {
+        "metric": asdict(metric),
+        "budget": budget,
+        "best": dict(winner.values),
+        "points": [{**asdict(point), "values": dict(point.values)} for point in ordered],
+        "then": list(then),
+    }
+    filesystem, root = artifacts.locate(out)
+    filesystem.makedirs(f"{root}/report", exist_ok=True)
+    with filesystem.open(f"{root}/report/sweep.png", "wb") as file:
+        _plot(ordered, winner, metric, budget).savefig(file, dpi=120, format="png")
+    filesystem.pipe_file(f"{root}/report/report.json", (json.dumps(_finite(described), indent=2) + "\n").encode())
+    filesystem.pipe_file(f"{root}/report/report.md", "\n".join(text).encode())
+    filesystem.pipe_file(f"{root}/best.json", (json.dumps(dict(chosen), indent=2) + "\n").encode())
+    return winner
+
+
+def summary(points: Sequence[Point], winner: Point, metric: Metric, out: str) -> str:
+    """What a command prints at its end."""
+    lines = [f"{metric.name} after the whole budget, 95% intervals over {metric.over}:"]
+    for point in points:
+        if point.budget == winner.budget:
+            lines.append(f"  {point.name:>30}: {_shown(point.metric)}{'  <- chosen' if point is winner else ''}")
+    return "\n".join([*lines, f"report: {join(out, 'report/report.md')}", f"best: {join(out, 'best.json')}"])
+
+
+def _plot(points: Sequence[Point], winner: Point, metric: Metric, budget: str) -> Figure:
+    """The metric over the first swept value: a line for each combination of the others, pale for smaller budgets."""
+    axis, *rest = winner.values
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    ticks = sorted({point.values[axis] for point in points}, key=_key)
+    places = {value: place for place, value in enumerate(ticks)}
+    lines: dict[tuple[Any, ...], list[Point]] = {}
+    for point in points:
+        lines.setdefault((point.budget, *(point.values[name] for name in rest)), []).append(point)
+    labels = list(dict.fromkeys(key[1:] for key in lines))
+    for key, members in lines.items():
+        whole = key[0] == winner.budget
+        values = np.array([point.metric.value for point in members])
+        bounds = np.array([[p.metric.value - p.metric.low, p.metric.high - p.metric.value] for p in members]).T
+        said = ", ".join(f"{name} {value}" for name, value in zip(rest, key[1:], strict=True))
+        shift = 0.06 * (labels.index(key[1:]) - (len(labels) - 1) / 2)
+        axes.errorbar(
+            [places[point.values[axis]] + shift for point in members],
+            values,
+            np.nan_to_num(bounds).clip(0),
+            marker="o",
+            ms=4,
+            capsize=3,
+            color=f"C{labels.index(key[1:])}",
+            alpha=1.0 if whole else 0.35,
+            label=", ".join(filter(None, [said, f"{key[0]:,} {budget}"])),
+        )
+    if metric.chance is not None:
+        axes.axhline(metric.chance, color="black", lw=0.8, ls=":")
+    axes.plot(places[winner.values[axis]], winner.metric.value, "k*", ms=12, zorder=0, label="chosen")
+    axes.set_xticks(range(len(ticks)), [f"{value:g}" if isinstance(value, float) else str(value) for value in ticks])
+    axes.set(xlabel=axis, ylabel=f"{metric.name} ({'more' if metric.higher_is_better else 'less'} is better)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _shown(estimate: Estimate, mark: bool = False) -> str:
+    value = (
+        f"{estimate.value:.3f}"
+        if math.isnan(estimate.low)
+        else (f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]")
+    )
+    return f"**{value}**" if mark else value
+
+
+def _key(value: Any) -> tuple[int, Any]:
+    return (0, value) if isinstance(value, int | float) else (1, str(value))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null in its place."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
