@@ -83,6 +83,8 @@ def sweep(config: ClustersConfig) -> str:
         workers=card.workers if card.launcher == "ray" else 0,
         identity=configs.identity(config),
     )
+    if failed and not reported:
+        raise ValueError(f"all {len(failed)} trials failed; the same command tries them again: {failed[0]}")
     points = compare(config, reported)
     winner = sweeps.best(points, METRIC)
     chosen = trial(config, {**winner.values, "seed": 0}, winner.budget)

@@ -91,8 +91,8 @@ class ImagesConfig:
     """Ranked lists: whose held-out captions, or edits, are drawn without --prompts; whose images tell the drift."""
     prompts: str | None = scale(None)
     """PartiPrompts .tsv, HPSv2 .json or a folder of them, .txt, or .jsonl."""
-    split: Literal["test", "validation"] = "test"
-    """Of the corpus. Choose settings on validation; report on test, once."""
+    split: Literal["test", "validation", "examples"] = "test"
+    """Of the corpus' lists. Choose settings on others than test; report on test, once."""
     people: bool = False
     """Draw each held-out caption of the corpus for the people who ranked it."""
     max_prompts: int | None = None
@@ -448,10 +448,11 @@ def held_out(corpus: Artifact, config: ImagesConfig) -> list[dict[str, Any]]:
         return []
     tables = {"scenes": "image_uid", "edits": "target_uid"}
     rows = []
+    plain = "test" if config.split == "test" else "validation"
     for folder, column in tables.items():
         for path in corpus.paths(f"{folder}/", ".parquet"):
             found = pq.read_table(corpus.local(path))
-            for row in found.filter(pc.equal(found["split"], config.split)).to_pylist():
+            for row in found.filter(pc.equal(found["split"], plain)).to_pylist():
                 text = row.get("instruction") or row["caption"]
                 rows.append({"image": row[column], "text": text, "source": row.get("source_uid")})
     if not rows:

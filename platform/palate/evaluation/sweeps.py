@@ -75,7 +75,7 @@ def write(
     """Write OUT/report/{report.md, report.json, sweep.png} and OUT/best.json; returns the chosen point.
 
     Args:
-        budget: what budgets count, such as epochs.
+        budget: what budgets count, such as epochs; empty where there is none.
         chosen: the config of the best run, as JSON values, that its job takes by ``--config``.
         then: commands that go on from here.
     """
@@ -83,13 +83,12 @@ def write(
     others = sorted({name for point in points for name in point.others})
     swept = list(winner.values)
     ordered = sorted(points, key=lambda point: (point.budget, *(_key(point.values[name]) for name in swept)))
-    rows = [
-        f"| {' | '.join([*swept, budget, 'runs', metric.name, 'less the best', *others])} |",
-        f"|{'---|' * (len(swept) + 4 + len(others))}",
-    ]
+    head = [*swept, *filter(None, [budget]), "runs", metric.name, "less the best", *others]
+    rows = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for point in ordered:
         cells = [str(point.values[name]) for name in swept]
-        cells += [f"{point.budget:,}", str(point.runs), _shown(point.metric, mark=point is winner)]
+        cells += [f"{point.budget:,}"] if budget else []
+        cells += [str(point.runs), _shown(point.metric, mark=point is winner)]
         cells += [_shown(point.to_best) if point.to_best and point is not winner else ""]
         cells += [_shown(point.others[name]) if name in point.others else "" for name in others]
         rows.append(f"| {' | '.join(cells)} |")
@@ -137,41 +136,53 @@ def summary(points: Sequence[Point], winner: Point, metric: Metric, out: str) ->
 
 
 def _plot(points: Sequence[Point], winner: Point, metric: Metric, budget: str) -> Figure:
-    """The metric over the first swept value: a line for each combination of the others, pale for smaller budgets."""
+    """The metric over the first swept value, a line for each combination of the others, pale for smaller budgets; and
+    beside it the paired differences, which tell values apart whose own intervals overlap."""
+    compared = [point for point in points if point.to_best is not None and point.budget == winner.budget]
+    figure = Figure(figsize=(12 if compared else 7, 4.2), layout="constrained")
+    left, *right = np.atleast_1d(figure.subplots(1, 2 if compared else 1))
+    _lines(left, [(point, point.metric) for point in points], winner, budget)
+    left.set_ylabel(f"{metric.name} ({'more' if metric.higher_is_better else 'less'} is better)")
+    if metric.chance is not None:
+        left.axhline(metric.chance, color="black", lw=0.8, ls=":")
+    for axes in right:
+        _lines(axes, [(point, point.to_best) for point in compared if point.to_best], winner, budget)
+        axes.set_ylabel(f"{metric.name}, less the chosen one's, paired")
+        axes.axhline(0, color="black", lw=0.8)
+    return figure
+
+
+def _lines(axes: Any, shown: Sequence[tuple[Point, Estimate]], winner: Point, budget: str) -> None:
     axis, *rest = winner.values
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    ticks = sorted({point.values[axis] for point in points}, key=_key)
+    ticks = sorted({point.values[axis] for point, _ in shown}, key=_key)
     places = {value: place for place, value in enumerate(ticks)}
-    lines: dict[tuple[Any, ...], list[Point]] = {}
-    for point in points:
-        lines.setdefault((point.budget, *(point.values[name] for name in rest)), []).append(point)
+    lines: dict[tuple[Any, ...], list[tuple[Point, Estimate]]] = {}
+    for point, estimate in shown:
+        key = (point.budget, *(point.values[name] for name in rest))
+        lines.setdefault(key, []).append((point, estimate))
     labels = list(dict.fromkeys(key[1:] for key in lines))
     for key, members in lines.items():
-        whole = key[0] == winner.budget
-        values = np.array([point.metric.value for point in members])
-        bounds = np.array([[p.metric.value - p.metric.low, p.metric.high - p.metric.value] for p in members]).T
         said = ", ".join(f"{name} {value}" for name, value in zip(rest, key[1:], strict=True))
         shift = 0.06 * (labels.index(key[1:]) - (len(labels) - 1) / 2)
+        bounds = np.array([[e.value - e.low, e.high - e.value] for _, e in members]).T
         axes.errorbar(
-            [places[point.values[axis]] + shift for point in members],
-            values,
+            [places[point.values[axis]] + shift for point, _ in members],
+            [estimate.value for _, estimate in members],
             np.nan_to_num(bounds).clip(0),
             marker="o",
             ms=4,
             capsize=3,
             color=f"C{labels.index(key[1:])}",
-            alpha=1.0 if whole else 0.35,
-            label=", ".join(filter(None, [said, f"{key[0]:,} {budget}"])),
+            alpha=1.0 if key[0] == winner.budget else 0.35,
+            label=", ".join(filter(None, [said, f"{key[0]:,} {budget}" if budget else ""])) or None,
         )
-    if metric.chance is not None:
-        axes.axhline(metric.chance, color="black", lw=0.8, ls=":")
-    axes.plot(places[winner.values[axis]], winner.metric.value, "k*", ms=12, zorder=0, label="chosen")
+        for point, estimate in members:
+            if point is winner:
+                axes.plot(places[point.values[axis]] + shift, estimate.value, "k*", ms=12, label="chosen")
     axes.set_xticks(range(len(ticks)), [f"{value:g}" if isinstance(value, float) else str(value) for value in ticks])
-    axes.set(xlabel=axis, ylabel=f"{metric.name} ({'more' if metric.higher_is_better else 'less'} is better)")
+    axes.set_xlabel(axis)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return figure
 
 
 def _shown(estimate: Estimate, mark: bool = False) -> str:

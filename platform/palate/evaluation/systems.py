@@ -190,6 +190,8 @@ def vector_rewards(
     head: Head, positions: Positions, table: TextTable, vectors: Mapping[str, Tensor], beta: float
 ) -> np.ndarray:
     """The implicit reward of each text (S,): sum of log pi_u - log pi_c under its person's assigned vector."""
+    if not beta:  # the cluster's model itself; sums would leave rounding errors, which rank texts by their length
+        return np.zeros(len(table.users))
     by_text = torch.stack([vectors[user] for user in table.users])
     delta_Nk = correction_of_positions(head, positions, by_text[positions.text_N])
     ratios_N = log_ratios(delta_Nk, positions.log_probs_Nk, positions.target_N, beta)
