@@ -147,7 +147,9 @@ def search(
         for budget, row in sorted(rows.items()):
             figures = {key: float(row[key]) for key in row if key.startswith("figures/")}
             found.append(Reported(values, budget, {key.removeprefix("figures/"): v for key, v in figures.items()}))
-    return found, failed
+    order = {json.dumps(dict(values), sort_keys=True): place for place, values in enumerate(grid)}
+    found.sort(key=lambda one: (order[json.dumps(one.values, sort_keys=True)], one.budget))
+    return found, sorted(failed)
 
 
 def concurrency(resources: Mapping[str, float], config: SearchConfig, workers: int) -> int:
