@@ -1,7 +1,7 @@
 """The page at ``/`` of a served application: three files of the package, sent as they are.
 
-They hold nothing of anybody, so they need no key; what the page asks of the API does. The page finds out for itself what
-is served at its address, so that text and images have the same one.
+They hold nothing of anybody, so they need no key; what the page asks of the API does. The page finds out for itself
+what is served at its address, so that text and images have the same one.
 """
 
 from importlib import resources

@@ -9,15 +9,22 @@ const PATIENCE = 120; // looks at a person whose vector is being fitted, half a 
 const NAMES = "ABCDEFGHIJKLMNOP";
 
 const ANSWERS = [
-  { kind: "base", title: "Base model", note: "no adapter, no vector" },
-  { kind: "cluster", title: "Cluster", note: "people who write alike" },
-  { kind: "personal", title: "Personal", note: "" },
+  { kind: "base", title: "Base model" },
+  { kind: "cluster", title: "Cluster" },
+  { kind: "personal", title: "Personal" },
 ];
-const STATES = {
-  personal: "corrected by their own vector",
-  pending: "their texts are still being fitted: this is the average person's",
-  population: "nothing is known of them yet: this is the average person's",
-};
+
+/** How an answer was written, by what the server says of the person (x-palate-personalization). */
+function how(kind, known, user, beta) {
+  if (kind === "base") return "no adapter, no vector";
+  if (kind === "cluster") return known === "personal" ? `people who write like ${user}` : "the largest of all";
+  const vectors = {
+    personal: `${user}'s own vector`,
+    pending: `${user}'s texts are still being fitted: everybody's mean`,
+    population: user ? `nothing is known of ${user} yet: everybody's mean` : "no person is chosen: everybody's mean",
+  };
+  return `${vectors[known] ?? known}, beta ${beta.toFixed(1)}`;
+}
 
 const state = {
   key: sessionStorage.getItem(KEY) ?? "",
@@ -177,6 +184,7 @@ async function connect() {
   const drawing = here.length ? here : (beside ?? []).filter((model) => model.task === "generate");
   state.text = writing.length ? "" : null;
   state.images = drawing.length ? (here.length ? "" : "images/") : null;
+  await showPeople();
   $("key-section").hidden = true;
   $("connected").hidden = false;
   $("connected-as").textContent = state.key ? "Connected" : "Connected: this server wants no key";
@@ -186,7 +194,6 @@ async function connect() {
   $("person-section").hidden = state.text === null && state.images === null;
   const parts = [...(state.text === null ? [] : ["text"]), ...(state.images === null ? [] : ["images"])];
   say(parts.length ? `This server has ${parts.join(" and ")}.` : "");
-  await showPeople();
   return true;
 }
 
@@ -273,7 +280,7 @@ async function showPerson() {
   known.replaceChildren();
   if (state.text === null || id === null) {
     if (state.text !== null && $("person").value === "") {
-      known.append(make("p", { className: "muted" }, "Without a person, all three answers are for the average of all people."));
+      known.append(make("p", { className: "muted" }, "Without a person, answers are those of the largest cluster, and of everybody's mean."));
     }
     return;
   }
@@ -305,7 +312,7 @@ function facts(found) {
     list.append(make("div", {}, make("dt", {}, name), make("dd", { className: style }, value)));
   };
   add("Texts", String(found.texts));
-  add("Vector", { personal: "their own", pending: "being fitted", population: "the average person's" }[found.status] ?? found.status);
+  add("Vector", { personal: "their own", pending: "being fitted", population: "everybody's mean" }[found.status] ?? found.status);
   if (found.cluster !== undefined) add("Cluster", String(found.cluster));
   const some = (given) => given.slice(0, 6).map((word) => word.text.trim()).filter(Boolean).join(", ");
   const more = some(found.vector?.promoted ?? []);
@@ -328,11 +335,11 @@ async function fitted(id, wanted = () => true) {
 // Text
 
 /** An answer on the page: its element, and how to write into it. */
-function answerOf({ kind, title, note }) {
+function answerOf({ kind, title }) {
   const prose = make("div", { className: "prose" });
   const text = document.createTextNode("");
   prose.append(text);
-  const noted = make("p", { className: "muted small" }, note);
+  const noted = make("p", { className: "muted small" });
   const wrong = make("p", { className: "problem", role: "alert", hidden: true, id: `${kind}-problem` });
   const said = make("p", { className: "said small", role: "status" });
   const edit = make("button", { type: "button", hidden: true }, "Edit", make("span", { className: "unseen" }, ` the answer: ${title}`));
@@ -375,10 +382,8 @@ async function write(answer) {
   let whole = false;
   try {
     const found = await call("v1/chat/completions", { body, signal: stop.signal });
-    if (answer.kind === "personal") {
-      const how = answer.asked.user ? STATES[found.headers.get("x-palate-personalization")] : "no person is chosen: this is the average person's";
-      answer.noted.textContent = `${how ?? ""}; beta ${body.personalization.beta.toFixed(1)}`;
-    }
+    const known = found.headers.get("x-palate-personalization");
+    answer.noted.textContent = how(answer.kind, known, answer.asked.user, body.personalization.beta);
     for await (const event of events(found)) {
       const choice = event.choices?.[0];
       if (answer.stop !== stop) return;
@@ -420,6 +425,12 @@ async function ask(event) {
     return;
   }
   problem($("ask-problem"), "", $("prompt"));
+  const unsent = [...answers.values()].find((one) => one.editing && one.editing.field.value !== one.text.data);
+  if (unsent) {
+    problem($("ask-problem"), `What you made of the answer "${unsent.title}" is not sent yet: send it, or cancel it.`);
+    unsent.editing.field.focus();
+    return;
+  }
   if ($("person").value === NEW && person() === null) {
     problem($("person-problem"), "Enter the id of the person, or choose nobody.", $("person-id"));
     $("person-id").focus();
@@ -463,12 +474,12 @@ function beginEdit(answer) {
     return;
   }
   const id = `${answer.kind}-edited`;
-  const field = make("textarea", { id, value: answer.text.data, maxLength: 100000, rows: 8 });
+  const field = make("textarea", { id, value: answer.text.data, maxLength: 100000, rows: 4 });
   field.setAttribute("aria-describedby", answer.wrong.id);
   const send = make("button", { type: "button", className: "first" }, `Send as ${user}'s text`);
   const cancel = make("button", { type: "button" }, "Cancel");
   const box = make("div", {}, make("label", { htmlFor: id }, `How ${user} would write it`), field);
-  answer.editing = { box, send, cancel };
+  answer.editing = { field, parts: [box, send, cancel] };
   answer.prose.hidden = true;
   answer.edit.hidden = true;
   answer.prose.after(box);
@@ -480,7 +491,7 @@ function beginEdit(answer) {
 
 function endEdit(answer) {
   if (!answer.editing) return;
-  for (const part of Object.values(answer.editing)) part.remove();
+  for (const part of answer.editing.parts) part.remove();
   answer.editing = null;
   answer.prose.hidden = false;
   answer.edit.hidden = !answer.text.data;
@@ -598,7 +609,8 @@ async function draw(event) {
       if (one.type === "image_generation.progress") progressed(items[one.index], one);
       else if (one.type === "image_generation.completed") completed(items[one.index], one.b64_json);
     }
-    if (state.drawing === stop) say("Four images are there: put the best first.", "draw-said");
+    const taste = found.headers.get("x-palate-personalization") === "personal" ? `, in ${user}'s taste` : "";
+    if (state.drawing === stop) say(`Four images are there${taste}: put the best first.`, "draw-said");
   } catch (error) {
     if (state.drawing !== stop) return; // others are being drawn in their place
     if (error.name === "AbortError") say("Stopped.", "draw-said");
