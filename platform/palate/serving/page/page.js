@@ -117,6 +117,7 @@ function words(error) {
     404: "The server has no such thing.",
     413: "That is more than the server takes.",
     429: "Too much of this key is under way.",
+    501: "This server does not do that.",
     503: "The server cannot answer just now.",
   };
   const lead = leads[error.status] ?? (error.status < 500 ? "The server refuses this." : "The server has failed.");
