@@ -83,6 +83,7 @@ def test_the_openai_client_and_both_replicas(served):
     )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) in texts
     assert httpx.get(f"{url}/v1/models").status_code == 401
+    assert "<title>Palate</title>" in httpx.get(f"{url}/").text
     assert http.get("/healthz").json()["status"] == "ok"
 
 

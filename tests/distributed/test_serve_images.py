@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -46,6 +47,11 @@ def test_images_and_a_run_that_comes_later(ray_cluster: Any, tmp_path: Path) -> 
         url = f"http://127.0.0.1:{port}/images/v1"
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=url, api_key="wrong", max_retries=0).models.list()
+        address = url.removesuffix("/v1")
+        page = httpx.get(address, follow_redirects=True)  # its links are relative: it must end in a slash
+        assert (page.status_code, str(page.url)) == (200, f"{address}/")
+        assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
+        assert httpx.get(f"{address}/page.js").status_code == 200
         client = openai.OpenAI(base_url=url, api_key=key)
         ask = {"prompt": PROMPT, "extra_body": {"seed": 3}}
         base = client.images.generate(model="shapes", **ask).data[0].b64_json

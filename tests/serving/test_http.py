@@ -6,8 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+import torch
 
+from palate.models.causal_lm import load_causal_lm, render_chat
 from palate.serving.http import PERSONALIZATION
+from palate.serving.text import decode
 from palate.users.keys import create_key
 
 TEXTS = [{"input": f"Describe thing {n}.", "output": f"Well!!! thing {n} is grand, grand, grand."} for n in range(6)]
@@ -54,6 +57,25 @@ def test_a_person_is_unknown_then_pending_then_personal(client, http):
     assert len(set(answers.values())) > 1  # whose vector it is makes a difference
     without = ask(client, "ann", extra_body={"personalization": {"beta": 0}}).parse()
     assert without.choices[0].message.content != answers["ann"]
+
+
+def test_the_base_model_answers_as_if_nothing_had_been_trained(client, http):
+    put(http, "ann")
+    found = ask(client, "ann", extra_body={"personalization": {"base": True}})
+    assert found.headers[PERSONALIZATION] == "base"
+    text = found.parse().choices[0].message.content
+    loaded = load_causal_lm("tiny")
+    prompt = torch.tensor([render_chat(loaded, [("user", "Describe it.")])])
+    expected = loaded.model.generate(prompt, max_new_tokens=16, do_sample=False)[0, prompt.shape[1] :]
+    assert text == decode(loaded.tokenizer, expected.tolist())
+    assert text != ask(client, "ann", extra_body={"personalization": {"beta": 0}}).parse().choices[0].message.content
+    plain = {"model": "palate", "prompt": "the", "max_tokens": 6, "temperature": 0}
+    bare = client.completions.with_raw_response.create(**plain, extra_body={"personalization": {"base": True}})
+    assert bare.headers[PERSONALIZATION] == "base"
+    with pytest.raises(openai.BadRequestError, match="leave one of them out"):
+        ask(client, extra_body={"personalization": {"base": True, "beta": 1}})
+    with pytest.raises(openai.BadRequestError, match="user"):
+        ask(client, "no/id", extra_body={"personalization": {"base": True}})
 
 
 def test_streams_and_whole_answers_are_equal_and_counted(client):
@@ -117,6 +139,7 @@ def test_models_name_the_live_run(client, run_url):
     name = run_url.rpartition("/")[2]
     assert set(listed) == {"palate", name}
     assert listed["palate"].run == name
+    assert listed["palate"].beta == 1.0
     assert client.models.retrieve(name).live
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-5'"):
         client.models.retrieve("gpt-5")

@@ -20,7 +20,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from palate.serving import engine
+from palate.serving import engine, page
 from palate.serving.answering import Answering, NotFinite, chat_log_probs, envelope, text_log_probs, usage
 from palate.serving.engine import BASE, Completion, Event
 from palate.serving.metrics import Metrics, RequestMetrics
@@ -34,7 +34,7 @@ from palate.serving.schemas import (
     Unsupported,
 )
 from palate.serving.sent_images import read_image
-from palate.serving.served_run import TOKEN_CHARACTERS, chat_prompt
+from palate.serving.served_run import TOKEN_CHARACTERS, Personal, chat_prompt
 from palate.serving.service import Hosted, HostedUnified, Served, Service, Settings
 from palate.serving.text import decode
 from palate.serving.unified import LEAD, ServedUnified, prompt_embeddings, prompt_ids
@@ -119,6 +119,7 @@ def guarded_app(description: str, router: APIRouter, service: Guarded, metrics: 
     )
     app.state.service, app.state.metrics, app.state.in_flight = service, metrics, Counter[str]()
     app.include_router(router)
+    app.include_router(page.routes)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(AnyHTTPException, _http_error)
@@ -126,6 +127,7 @@ def guarded_app(description: str, router: APIRouter, service: Guarded, metrics: 
     app.add_middleware(BoundedBody, most=service.settings.max_body_bytes)
     app.add_middleware(Authenticated, service=service)
     app.add_middleware(Counted, metrics=metrics)
+    app.add_middleware(page.Slash)
     return app
 
 
@@ -180,7 +182,7 @@ async def chat_completions(body: ChatRequest, request: Request, by: By) -> Respo
             param=f"{images[0].where}.type",
             code="unsupported_parameter",
         )
-    served = await asyncio.to_thread(service.serve, hosted, by.tenant, _user(body.user))
+    served = await _served(service, by, hosted, body)
     try:
         prompt = await asyncio.to_thread(chat_prompt, hosted.run, turns, served.history)
     except ValueError as error:
@@ -206,7 +208,7 @@ async def completions(body: CompletionRequest, request: Request, by: By) -> Resp
         ids = await asyncio.to_thread(lambda: [tokenizer(prompt).input_ids for prompt in body.prompts])
         prompts = [engine.Request(prompt, barred=hosted.run.barred) for prompt in ids]
     else:
-        served = await asyncio.to_thread(service.serve, hosted, by.tenant, _user(body.user))
+        served = await _served(service, by, hosted, body)
         headers[PERSONALIZATION] = served.state
         ids = await asyncio.to_thread(lambda: [tokenizer(prompt).input_ids for prompt in body.prompts])
         prompts = _personal(hosted, served, body, ids)
@@ -538,12 +540,21 @@ def impersonal(name: str, param: str) -> ApiError:
     return ApiError(400, message, param=param, code="unsupported_parameter")
 
 
+async def _served(service: Service, by: Caller, hosted: Hosted, body: ChatRequest | CompletionRequest) -> Served:
+    """Whom a request is answered for: nobody, where it asks for the base model."""
+    user = _user(body.user)
+    if body.personalization.base:
+        return Served(Personal(BASE, hosted.run.population.vector_J), "base")
+    return await asyncio.to_thread(service.serve, hosted, by.tenant, user)
+
+
 def _personal(
     hosted: Hosted, served: Served, body: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[int]]
 ) -> list[engine.Request]:
     """Prompts to be continued in a person's manner."""
     adapter = served.personal.cluster if hosted.run.rows.count else BASE
-    beta = hosted.run.beta if body.personalization.beta is None else body.personalization.beta
+    wanted = body.personalization
+    beta = 0.0 if wanted.base else hosted.run.beta if wanted.beta is None else wanted.beta
     return [engine.Request(ids, adapter=adapter, vector_J=served.personal.vector_J, beta=beta) for ids in prompts]
 
 
@@ -839,6 +850,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "run": hosted.name,
         "base": hosted.run.loaded.name,
         "clusters": hosted.run.rows.count,
+        "beta": hosted.run.beta,
     }
 
 

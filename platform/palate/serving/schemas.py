@@ -183,10 +183,18 @@ class ResponseFormat(BaseModel):
 
 
 class Personalization(BaseModel):
-    """Palate's own field: how strongly the person's vector corrects the model."""
+    """Palate's own field: how strongly the person's vector corrects the cluster's model, or neither of them."""
 
     model_config = ConfigDict(extra="forbid")
     beta: Annotated[Number, Field(ge=0, le=10)] | None = None
+    base: StrictBool = False
+    """Answer as the base model does: no adapter, no vector, no quoted history."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "Personalization":
+        if self.base and self.beta:
+            raise ValueError("'base' asks for no correction, and 'beta' for one: leave one of them out")
+        return self
 
 
 class _Sampled(_Body):

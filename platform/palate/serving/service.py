@@ -35,7 +35,7 @@ from palate.users.records import Fitted, Person
 from palate.users.runs import Run, RunState, add_run, live_run, promote, runs
 from palate.users.store import Store, open_store
 
-State = Literal["pending", "population", "personal"]
+State = Literal["pending", "population", "personal", "base"]
 
 LEASE_SECONDS = 300.0  # a replica that dies in a fit keeps the person for so long
 RETRY_SECONDS = 10.0  # until a run that could not be loaded is tried again
