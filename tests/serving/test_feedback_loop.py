@@ -120,7 +120,7 @@ def test_the_lists_depend_on_the_rankings_alone(tmp_path: Path, client: TestClie
     table = sorted(rows(lists), key=lambda row: row["list_id"])
     assert sorted(rows(prepare(config(tmp_path, out="third"))), key=lambda row: row["list_id"]) == table
     post(client, "ann", CAPTIONS[0], pictures(9, 2))
-    with pytest.raises(ArtifactMismatch, match="'inputs.input 0'"):
+    with pytest.raises(ArtifactMismatch, match=r"'inputs\.input 0'"):
         prepare(config(tmp_path))
     assert prepare(config(tmp_path, fresh=True)).summary["records"] == lists.summary["records"] + 1
 
@@ -160,9 +160,7 @@ def tuning(lists: Artifact, out: Path, base: Path, **changes: Any) -> LpoConfig:
 
 
 @pytest.mark.usefixtures("ranked")
-def test_a_generator_is_tuned_on_the_rankings_and_a_newcomer_gets_a_vector(
-    tmp_path: Path, client: TestClient
-) -> None:
+def test_a_generator_is_tuned_on_the_rankings_and_a_newcomer_gets_a_vector(tmp_path: Path, client: TestClient) -> None:
     base = tiny_diffusion.save_tiny("sd", tmp_path)
     lists = prepare(config(tmp_path))
     tuned = pipeline(tuning(lists, tmp_path / "run", base, grid=0), World())
@@ -179,9 +177,7 @@ def test_a_generator_is_tuned_on_the_rankings_and_a_newcomer_gets_a_vector(
 
     post(client, "cat", CAPTIONS[1], pictures(7, 4))
     later = prepare(config(tmp_path, out="later"))
-    made = add_people(
-        NewcomersConfig(run=str(tmp_path / "people"), lists=later.url, out=str(tmp_path / "more"))
-    )
+    made = add_people(NewcomersConfig(run=str(tmp_path / "people"), lists=later.url, out=str(tmp_path / "more")))
     people = load_people(made.local_folder("person"))
     assert set(people.ids) == {"ann", "bob", "cat"}
     ann, bob, cat = (people.embeddings_UJ[people.places[user]] for user in ("ann", "bob", "cat"))

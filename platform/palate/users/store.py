@@ -366,9 +366,7 @@ class Store(Database):
             if row is None:
                 return None
             fits = connection.execute(select(vectors).where(vectors.c.person_id == row.id).order_by(vectors.c.head))
-            said = _read_rankings(
-                connection, _rankings().where(rankings.c.person_id == row.id).order_by(rankings.c.id)
-            )
+            said = _read_rankings(connection, _rankings().where(rankings.c.person_id == row.id).order_by(rankings.c.id))
             notes = _feedback(connection, tenant, user_id)
             return to_json(_person(connection, row), notes, [_fitted(one) for one in fits], said)
 
