@@ -12,7 +12,8 @@ does the same with every ranking in random order.
 
 Text: RUN is a run of ``jobs/card.py`` on ``personas``, which new people of the same world meet. Of each, 1, 2, 4 and 8
 edited answers go into the store as ``POST /v1/feedback`` puts them there, the server's fit follows, and bits a token of
-other texts of theirs say how well it knows them. The control's edits are another new person's.
+other texts of theirs say how well it knows them. The control's edits are another new person's, of another family of
+styles; those of ``same family`` are of somebody who differs in personal traits alone.
 """
 
 import base64
@@ -37,7 +38,7 @@ from tyro.conf import subcommand
 
 from palate import artifacts, progress
 from palate import config as configs
-from palate.card import features
+from palate.card import features, fitting
 from palate.card.correction import candidate_rows
 from palate.card.preferences import Positions, log_ratios
 from palate.card.prompts import prompt_ids
@@ -56,17 +57,18 @@ from palate.models.diffusion import load_diffusion
 from palate.models.shape_classifier import sees, train_classifier
 from palate.serving.image_http import create_image_app
 from palate.serving.image_service import ImageService, ImageSettings
-from palate.serving.served_run import Personal, ServedRun, fit_person, load_run, prepare_fit
+from palate.serving.served_run import Personal, ServedRun, Written, fit_person, load_run, prepare_fit
 from palate.serving.service import written
 from palate.training.parallel import World
 from palate.users.preparation import FeedbackConfig
 from palate.users.preparation import prepare as prepare_feedback
-from palate.users.records import Fitted
+from palate.users.records import Fitted, Person
 from palate.users.store import Store, open_store
 
 ARMS = ("feedback", "control")
 TENANT = "default"
-COLOURS = {"feedback": "#0f766e", "control": "#a16207"}
+TEXT_ARMS = ("feedback", "same family", "control")
+COLOURS = {"feedback": "#0f766e", "same family": "#7c3aed", "control": "#a16207"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,19 +83,21 @@ class ImagesLoop:
     """Runs, one JSON file a round, the table and the plot."""
     rounds: int = 4
     """Of drawing, ranking and tuning."""
-    rankings: int = 48
+    rankings: int = 32
     """Of a round, each of four images."""
-    steps: int = 12
-    """Of twelve lists, in a round."""
+    steps: int = 10
+    """Of tuning in a round."""
+    lists: int = 8
+    """Of a step."""
     learning_rate: float = 2e-4
     """AdamW's, all weights."""
     kl_beta: float = 2000.0
     """Against the model of the round before."""
-    comparisons: int = 108
+    comparisons: int = 72
     """Of a model with the base, at one seed."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of captions, noise, rankings and training."""
-    sample: SampleConfig = field(default_factory=partial(SampleConfig, sampler_steps=10, guidance=2.0, batch=108))
+    sample: SampleConfig = field(default_factory=partial(SampleConfig, sampler_steps=10, guidance=2.0, batch=72))
     workers: int = scale(1)
     """Processes, of one thread each."""
 
@@ -106,9 +110,9 @@ class TextLoop:
     """A run of jobs/card.py on personas."""
     out: str = scale("benchmarks/out/loop-text")
     """The store, the table and the plot."""
-    people: int = 12
+    people: int = 8
     """New people."""
-    tests: int = 4
+    tests: int = 3
     """Held-out texts of each."""
     rounds: tuple[int, ...] = (1, 2, 4, 8)
     """Edited answers of a person by the end of each round."""
@@ -234,7 +238,9 @@ def tuning(config: ImagesLoop, lists: str, out: str, model: str, seed: int) -> L
         encode=EncodeConfig(resolution=shapes.SIDE, latent_dtype="float32", encode_batch=256),
         learn=ObjectiveConfig(kl_beta=config.kl_beta),
         weights=WeightsConfig(weights="full"),
-        tune=TuneConfig(steps=config.steps, learning_rate=config.learning_rate, batch=12, micro_batch=12),
+        tune=TuneConfig(
+            steps=config.steps, learning_rate=config.learning_rate, batch=config.lists, micro_batch=config.lists
+        ),
         grid=0,
     )
 
@@ -317,92 +323,126 @@ def images_loop(config: ImagesLoop) -> None:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a new person was asked, and what they would have written."""
+    """What somebody was asked, and what they would have written."""
 
     input: str
     output: str
 
 
-def new_people(config: TextLoop) -> dict[str, list[Answer]]:
-    """Texts of people whom no run has seen, by id."""
-    count = max(config.rounds) + config.tests
+@dataclass(frozen=True)
+class NewPerson:
+    """Texts of somebody whom no run has seen; the tests are about things that the others do not mention."""
+
+    family: int
+    texts: list[Answer]
+    tests: list[Answer]
+
+
+def new_people(config: TextLoop) -> list[NewPerson]:
     made = personas.prepare(
         personas.PersonasConfig(
-            out=f"{config.out}/people", people=config.people, items=count, questions=1, seed=config.seed
+            out=f"{config.out}/people",
+            people=config.people,
+            items=max(config.rounds),
+            questions=config.tests,
+            seed=config.seed,
         )
     )
-    found: dict[str, list[Answer]] = {}
-    for path in made.paths("items", ".parquet"):
-        for row in pq.read_table(made.local(path)).to_pylist():
-            found.setdefault(row["user_id"], []).append(Answer(row["input"], row["output"]))
-    return found
+    found: dict[str, dict[str, list[Answer]]] = {"items": {}, "questions": {}}
+    for kind, by_user in found.items():
+        for path in made.paths(kind, ".parquet"):
+            for row in pq.read_table(made.local(path)).to_pylist():
+                by_user.setdefault(row["user_id"], []).append(Answer(row["input"], row["output"]))
+    known = personas.read_personas(made)
+    return [
+        NewPerson(known[user].family, found["items"][user], found["questions"][user]) for user in sorted(found["items"])
+    ]
 
 
 @dataclass
-class Scorer:
-    """Bits a token of texts as a run decodes for somebody; features are of the text and the cluster alone."""
+class Reader:
+    """A run, and what its models have read: texts come again in later rounds, and in other people's hands."""
 
     run: ServedRun
-    cached: dict[tuple[int, Answer], Positions] = field(default_factory=dict)
+    read: dict[tuple[Any, ...], Positions] = field(default_factory=dict)
+
+    def positions(self, branch: features.Branches) -> Positions:
+        key = (branch.adapter, tuple(branch.prompt_ids), *map(tuple, branch.answers))
+        if key not in self.read:
+            run = self.run
+            self.read[key] = features.extract(run.loaded, run.rows, run.head.features, [branch], run.head.top_k)
+        return self.read[key]
+
+    def fit(self, texts: Sequence[Written]) -> Personal:
+        """``fit_person`` without reading again what was read."""
+        run, prepared = self.run, prepare_fit(self.run, texts)
+        parts = [self.positions(branch) for some in prepared.passes for branch in some]
+        numbered = [features.renumbered(part, number) for number, part in enumerate(parts)]
+        found = fitting.fit_vector(features.concatenate(numbered), run.fitting_head, run.prior)
+        return Personal(prepared.cluster, found.vector_J)
 
     def bits(self, personal: Personal, text: Answer) -> float:
-        run, key = self.run, (personal.cluster, text)
-        if key not in self.cached:
-            prompt = prompt_ids(run.loaded, run.task, text.input, [], run.max_prompt_tokens)
-            answer = answer_ids(run.loaded, text.output)[: run.max_answer_tokens]
-            branch = features.Branches(prompt, (answer,), personal.cluster)
-            self.cached[key] = features.extract(run.loaded, run.rows, run.head.features, [branch], run.head.top_k)
-        positions = self.cached[key]
+        """Bits a token of a text as the run decodes for this person."""
+        run = self.run
+        prompt = prompt_ids(run.loaded, run.task, text.input, [], run.max_prompt_tokens)
+        answer = answer_ids(run.loaded, text.output)[: run.max_answer_tokens]
+        positions = self.positions(features.Branches(prompt, (answer,), personal.cluster))
         delta_Nk = candidate_rows(run.head, positions.features_Nd, positions.candidates_Nk) @ personal.vector_J
         ratios_N = log_ratios(delta_Nk, positions.log_probs_Nk, positions.target_N, run.beta)
         return float(-(positions.target_log_prob_N + ratios_N).mean() / np.log(2))
 
 
-def fit(run: ServedRun, store: Store, user: str) -> Personal:
-    """The fit of somebody whose feedback waits for it, as the text server does it."""
-    (person,) = store.claim_stale(run.version, "benchmark", seconds=600)
-    if person.user_id != user:
-        raise RuntimeError(f"{person.user_id} waits for a fit, expected {user}")
-    fitting = fit_person(run, prepare_fit(run, written(person)))
-    while True:
-        try:
-            next(fitting)
-        except StopIteration as stopped:
-            personal: Personal = stopped.value
-            break
+def fit(reader: Reader, store: Store, user: str) -> tuple[Person, Personal]:
+    """The fit of somebody whose feedback waits for it, as the text server makes and keeps it."""
+    version = reader.run.version
+    (person,) = store.claim_stale(version, "benchmark", seconds=600)
+    personal = reader.fit(written(person))
     vector_J = personal.vector_J.float().numpy()
-    fitted = Fitted(run.version, person.version, personal.cluster, vector_J, len(person.texts))
-    if not store.save_fitted(TENANT, user, fitted):
+    saved = store.save_fitted(
+        TENANT, user, Fitted(version, person.version, personal.cluster, vector_J, len(person.texts))
+    )
+    if person.user_id != user or not saved:
         raise RuntimeError(f"the fit of {user} was not saved")
-    return personal
+    return person, personal
+
+
+def others(people: Sequence[NewPerson], place: int) -> dict[str, NewPerson]:
+    """Whose edits each arm gets: the person's own, the next of the same family's, the next of another's."""
+    turned = [people[(place + step) % len(people)] for step in range(1, len(people))]
+    mine = people[place].family
+    return {
+        "feedback": people[place],
+        "same family": next(one for one in turned if one.family == mine),
+        "control": next(one for one in turned if one.family != mine),
+    }
 
 
 def text_loop(config: TextLoop) -> None:
     torch.set_num_threads(1)
     run = load_run(config.run)
-    people = new_people(config)
-    names = sorted(people)
-    scorer = Scorer(run)
+    if run.history_k:
+        raise SystemExit(f"{config.run} quotes history in its prompts, which is not measured here: give another run")
+    reader, people = Reader(run), new_people(config)
     scores: dict[tuple[str, int], list[float]] = {}
     users: list[str] = []
     out = Path(config.out)
+    last = None
     with TemporaryDirectory() as folder, open_store(f"sqlite:///{folder}/palate.db") as store:
-        for place, name in enumerate(progress.track(names, "people")):
-            tests = people[name][-config.tests :]
-            users += [name] * len(tests)
-            for text in tests:
-                scores.setdefault(("nobody", 0), []).append(scorer.bits(run.population, text))
-            edits = {"feedback": people[name], "control": people[names[(place + 1) % len(names)]]}
-            for arm, own in edits.items():
-                sent, user = 0, f"{name}-{arm}"
+        for place, person in enumerate(progress.track(people, "people")):
+            users += [f"new-{place}"] * len(person.tests)
+            for text in person.tests:
+                scores.setdefault(("nobody", 0), []).append(reader.bits(run.population, text))
+            for arm, whose in others(people, place).items():
+                user, sent = f"{place}-{arm.replace(' ', '-')}", 0
                 for number in config.rounds:
-                    for text in own[sent:number]:
+                    for text in whose.texts[sent:number]:
                         store.add_feedback(TENANT, user, text.input, "", text.output)
                     sent = number
-                    personal = fit(run, store, user)
-                    for text in tests:
-                        scores.setdefault((arm, number), []).append(scorer.bits(personal, text))
+                    last = fit(reader, store, user)
+                    scores.setdefault((arm, number), []).extend(reader.bits(last[1], text) for text in person.tests)
             write(out / "scores.json", {f"{arm} {number}": values for (arm, number), values in scores.items()})
+    if last is not None:
+        check_fit(run, *last)
     rows: list[dict[str, Any]] = []
     nobody = scores["nobody", 0]
     for (arm, number), values in scores.items():
@@ -415,11 +455,13 @@ def text_loop(config: TextLoop) -> None:
                 "change": {"value": gap.value, "low": gap.low, "high": gap.high},
             }
         )
-    for number in config.rounds:
-        gap = paired_difference(scores["feedback", number], scores["control", number], users)
-        rows.append({"edits": number, "arm": "difference", "bits": gap.value, "low": gap.low, "high": gap.high})
+    for arm in TEXT_ARMS[1:]:
+        for number in config.rounds:
+            gap = paired_difference(scores["feedback", number], scores[arm, number], users)
+            row = {"edits": number, "arm": f"feedback - {arm}", "bits": gap.value, "low": gap.low, "high": gap.high}
+            rows.append(row)
     rows.sort(key=lambda row: row["edits"])
-    print(f"{len(names)} new people, {config.tests} held-out texts each")
+    print(f"{len(people)} new people, {config.tests} held-out texts each")
     print("| edits | whose | bits a token | change from none |\n|--:|---|--:|--:|")
     for row in rows:
         change = row.get("change")
@@ -427,6 +469,21 @@ def text_loop(config: TextLoop) -> None:
         moved = "" if not change or not row["edits"] else "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**change)
         print(f"| {row['edits']} | {row['arm']} | {interval} | {moved} |")
     report(config, rows, "edits", "bits", "bits a token of held-out own texts", nobody_line(rows), out)
+
+
+def check_fit(run: ServedRun, person: Person, personal: Personal) -> None:
+    """Refuse to report if the server's own fit is another than the one that was measured."""
+    fitting_slowly = fit_person(run, prepare_fit(run, written(person)))
+    while True:
+        try:
+            next(fitting_slowly)
+        except StopIteration as stopped:
+            theirs: Personal = stopped.value
+            break
+    away = float((theirs.vector_J - personal.vector_J).norm() / personal.vector_J.norm())
+    print(f"the server's own fit of the last person is {away:.1e} of its length away")
+    if theirs.cluster != personal.cluster or away > 1e-2:
+        raise SystemExit("the fit that was measured is not the server's")
 
 
 def nobody_line(rows: Sequence[dict[str, Any]]) -> float:
@@ -438,13 +495,15 @@ def report(config: Any, rows: list[dict[str, Any]], x: str, y: str, label: str, 
     write(out / "table.json", {"config": configs.to_dict(config), "rows": rows})
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     axes = figure.subplots()
-    for arm in ARMS:
+    for arm in COLOURS:
         some = [row for row in rows if row["arm"] == arm]
+        if not some:
+            continue
         values, at = [row[y] for row in some], [row[x] for row in some]
         spans = [[row[y] - row["low"] for row in some], [row["high"] - row[y] for row in some]]
         axes.errorbar(at, values, yerr=spans, marker="o", capsize=3, color=COLOURS[arm], label=arm)
     axes.axhline(line, color="#94a3b8", lw=1)
-    axes.set_xticks(sorted({row[x] for row in rows if row["arm"] in ARMS}))
+    axes.set_xticks(sorted({row[x] for row in rows if row["arm"] in COLOURS}))
     axes.set_xlabel({"round": "round", "edits": "edited answers of a person"}[x])
     axes.set_ylabel(label)
     axes.grid(color="#e5e7eb")

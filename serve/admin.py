@@ -93,7 +93,7 @@ class Compact(_Command):
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesRemove(_Command):
-    """Remove images whose rankings were deleted; running image servers with the setting `feedback` do so by themselves."""
+    """Remove images whose rankings were deleted, where no image server runs that does so by itself."""
 
     images: str
     """What the image server's setting `feedback` names: a folder or URL."""

@@ -1,4 +1,4 @@
-"""Images that come inside a request, as data URLs or base64: their bytes and pixels are bounded before they are in memory."""
+"""Images that come inside a request, in base64: their bytes and pixels are bounded before they are in memory."""
 
 import base64
 import binascii

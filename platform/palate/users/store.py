@@ -40,7 +40,6 @@ from palate.users.schema import (
     vectors,
 )
 
-
 ANNOUNCED_SECONDS = 3600.0  # longest that images are written before their ranking is stored
 
 
@@ -120,8 +119,8 @@ class Store(Database):
             return self._changed(connection, row)
 
     def announce_images(self, tenant: str, digests: Sequence[str]) -> None:
-        """Say that images are about to be written for a ranking. If the ranking is not stored, ``remove_images`` removes
-        them once ``ANNOUNCED_SECONDS`` have passed."""
+        """Say that images are about to be written for a ranking. If that is not stored, ``remove_images`` removes them
+        once ``ANNOUNCED_SECONDS`` have passed."""
         require_id(tenant, "tenant")
         with self.write() as connection:
             self._lock_images(connection, tenant)
