@@ -280,6 +280,11 @@ def test_a_file_that_cannot_be_removed_is_tried_again(service: ImageService, mon
 
     with pytest.raises(OSError, match="read-only"):
         service.store.remove_images(refuse)
+    service.rank("acme", Ranking("bob", "two", PROMPT, tuple(content)), content)
+    with monkeypatch.context() as broken:
+        broken.setattr(service.ranked, "remove", refuse)
+        assert service.delete_person("acme", "bob")
+    assert len(files(service)) == 2
     service.remove_images()
     assert files(service) == set()
 

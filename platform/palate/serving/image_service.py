@@ -225,9 +225,12 @@ class ImageService:
         return self.store.add_ranking(tenant, ranking, keep)
 
     def delete_person(self, tenant: str, user_id: str) -> bool:
-        """Delete all that is kept of a person, and images that only they ranked; False if there is nobody."""
+        """Delete all that is kept of a person, and images that only they ranked; False if there is nobody.
+
+        Files that cannot be removed now are tried again in the background.
+        """
         found = self.store.delete(tenant, user_id)
-        self.remove_images()
+        self._try_to_remove_images()
         return found
 
     def remove_images(self) -> None:
@@ -344,10 +347,13 @@ class ImageService:
                 self.tend()
             except Exception as error:
                 log.exception("looking after the models failed, and is tried again: %s", error)
-            try:
-                self.remove_images()
-            except Exception as error:  # the database or the images may be away for a while
-                log.exception("removing images of deleted rankings failed, and is tried again: %s", error)
+            self._try_to_remove_images()
+
+    def _try_to_remove_images(self) -> None:
+        try:
+            self.remove_images()
+        except Exception as error:  # the database or the images may be away for a while
+            log.exception("removing images of deleted rankings failed, and is tried again: %s", error)
 
 
 def _attach(loaded: LoadedDiffusion, run: Artifact, adapter: str) -> None:
