@@ -11,9 +11,9 @@ from typing import Any
 
 import jsonschema
 import pytest
-import tyro
 import yaml
 
+from palate import config as configs
 from palate.card.stages import CardConfig
 from toy_cluster import ray_head
 
@@ -99,6 +99,7 @@ def test_the_head_does_no_work_and_workers_are_spot_machines_below_a_cap() -> No
     for kind in kinds.values():
         assert kind["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
         assert kind["min_workers"] == 0
+        assert "IamInstanceProfile" in kind["node_config"]  # without one, a worker has no rights to any bucket
         assert kind["max_workers"] <= config["max_workers"]
 
 
@@ -197,7 +198,7 @@ def test_the_job_runs_a_job_of_this_repository_with_flags_that_it_has() -> None:
     spec = manifest("rayjob")["spec"]
     python, script, *flags = spec["entrypoint"].split()
     assert (python, script) == ("python", "/home/ray/palate/jobs/card.py")
-    config = tyro.cli(CardConfig, args=flags, config=(tyro.conf.OmitArgPrefixes,))
+    config = configs.parse(CardConfig, arguments=flags)
     assert (config.launcher, config.workers) == ("ray", 4)
     assert config.corpus.startswith("s3://")
     assert config.out.startswith("s3://")

@@ -186,8 +186,8 @@ def _config() -> Config:
 
 
 def _postgresql_engine(url: URL) -> Engine:
-    """By pg8000, with libpq's names for what its URLs usually say: ``host`` (a socket's folder) and ``sslmode``; and its
-    ``PGPASSWORD`` where the URL has no password, so that a configuration need not hold one.
+    """By pg8000, with libpq's names for what its URLs usually say: ``host`` (a socket's folder) and ``sslmode``; and
+    libpq's variable ``PGPASSWORD`` where the URL has no password, so that a configuration need not hold one.
 
     Raises:
         ValueError: another parameter, or another way to use TLS.
