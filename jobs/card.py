@@ -20,6 +20,7 @@ def main() -> None:
             launcher=config.launcher,
             workers=config.workers,
             folder=config.out,
+            gpu=config.gpu,
             once=start_over,
         )
     except (ArtifactError, TrainingStopped, ValueError, OSError) as error:

@@ -1,5 +1,7 @@
 """Tune an image generator on ranked lists (Diffusion-LPO): encode, train, write for diffusers. Run with --help."""
 
+from functools import partial
+
 from palate import config as configs
 from palate.artifacts import ArtifactError
 from palate.distributed.launch import launch
@@ -17,7 +19,9 @@ def begin(config: LpoConfig) -> None:
 
         if not ray.is_initialized():
             ray.init()
-        encode_lists(config, "cuda" if ray.cluster_resources().get("GPU", 0) else "cpu", run_with_actors)
+        gpu = ray.cluster_resources().get("GPU", 0) > 0 if config.gpu is None else config.gpu
+        runner = partial(run_with_actors, gpu=gpu, at_least=config.workers)
+        encode_lists(config, "cuda" if gpu else "cpu", runner)
 
 
 def main() -> None:
@@ -29,6 +33,7 @@ def main() -> None:
             launcher=config.launcher,
             workers=config.workers,
             folder=config.out,
+            gpu=config.gpu,
             once=begin,
         )
     except (ArtifactError, TrainingStopped, ValueError, OSError) as error:

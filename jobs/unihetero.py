@@ -27,7 +27,13 @@ class ReportConfig:
 
 def train(config: TrainConfig) -> None:
     made = launch(
-        pipeline, config, launcher=config.launcher, workers=config.workers, folder=config.out, once=start_over
+        pipeline,
+        config,
+        launcher=config.launcher,
+        workers=config.workers,
+        folder=config.out,
+        gpu=config.gpu,
+        once=start_over,
     )
     print(f"model: {made.url}")
 

@@ -2,7 +2,8 @@
 
 The convention (docs/testing.md): a fence opened by ```` ```bash ```` is executed, any other is not. All of one page
 share a fresh folder with links to ``jobs``, ``serve`` and ``tune``, and ``python`` is the one that runs the tests.
-``--model smollm2`` is replaced by ``--model tiny``, so that the commands are tested and not the processor.
+``--model smollm2`` is replaced by ``--model tiny``, so that the commands are tested and not the processor. A fence
+opened by ```` ```sh ```` is executed from the repository's folder, against a cluster and a bucket that a test starts.
 """
 
 import itertools
@@ -12,9 +13,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+
+from palate import artifacts
+from toy_cluster import ray_head
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,12 +32,14 @@ def fences(text: str) -> list[tuple[str, str]]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Words of every ``python jobs/…`` command in a page's fences, continued lines joined and comments dropped."""
+    """Words of every ``python jobs/…`` command in a page's fences, continued lines joined and comments dropped; those
+    that are submitted to a cluster, too."""
     found = []
     for _, content in fences(text):
         for line in content.replace("\\\n", " ").splitlines():
-            if re.match(r"python (jobs|serve|tune|benchmarks)/", line.strip()):
-                found.append(shlex.split(line, comments=True))
+            command = re.match(r"(?:ray job submit .*? -- )?(python (?:jobs|serve|tune|benchmarks)/.*)", line.strip())
+            if command:
+                found.append(shlex.split(command.group(1), comments=True))
     return found
 
 
@@ -46,18 +53,23 @@ def environment() -> dict[str, str]:
     }
 
 
-def bash(script: str, folder: Path, timeout: float) -> subprocess.CompletedProcess[str]:
-    command = ["bash", "-euo", "pipefail", "-c", script]
+def bash(
+    script: str, folder: Path, timeout: float, settings: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "-euo", "pipefail", "-c", script.replace("--model smollm2", "--model tiny")]
+    settings = settings or environment()
     return subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True, check=False, timeout=timeout
+        command, cwd=folder, env=settings, capture_output=True, text=True, check=False, timeout=timeout
     )
 
 
 def test_fences_and_commands_are_found():
     first = "```bash\npython jobs/x.py \\\n  --out 'a b'  # why\n```\n"
     page = f"a\n{first}```text\npython jobs/y.py --in z\nls\n```\n```\nplain\n```\n"
-    assert [language for language, _ in fences(page)] == ["bash", "text", ""]
-    assert commands(page) == [["python", "jobs/x.py", "--out", "a b"], ["python", "jobs/y.py", "--in", "z"]]
+    page += "```sh\nray job submit --no-wait -- python jobs/z.py --all\n```\n"
+    assert [language for language, _ in fences(page)] == ["bash", "text", "", "sh"]
+    found = [["python", "jobs/x.py", "--out", "a b"], ["python", "jobs/y.py", "--in", "z"]]
+    assert commands(page) == [*found, ["python", "jobs/z.py", "--all"]]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -116,9 +128,32 @@ def test_the_commands_of_a_page_run_as_they_stand(page, tmp_path):
         if (ROOT / folder).is_dir():
             (tmp_path / folder).symlink_to(ROOT / folder)
     for block in blocks:
-        done = bash(block.replace("--model smollm2", "--model tiny"), tmp_path, timeout=600)
+        done = bash(block, tmp_path, timeout=600)
         assert done.returncode == 0, f"{block}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         for words in commands(f"```bash\n{block}```\n"):
             for flag, value in itertools.pairwise(words):
                 if flag == "--out":
                     assert (tmp_path / value).exists(), f"{shlex.join(words)} left no {value}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_commands_for_a_cluster_run_as_they_stand(s3_endpoint, tmp_path):
+    blocks = [content for page in PAGES for language, content in fences(page.read_text()) if language == "sh"]
+    assert blocks
+    filesystem, bucket = artifacts.locate("s3://bucket")
+    filesystem.mkdir(bucket)
+    with ray_head(2, PALATE_CACHE=str(tmp_path)) as head:
+        for block in blocks:
+            done = bash(block, ROOT, timeout=1200, settings=head.environment)
+            assert done.returncode == 0, f"{block}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    made = [
+        value
+        for block in blocks
+        for words in commands(f"```sh\n{block}```\n")
+        for flag, value in itertools.pairwise(words)
+        if flag == "--out"
+    ]
+    assert len(made) >= 3
+    assert [url for url in made if not filesystem.exists(artifacts.locate(url)[1])] == []
+    assert artifacts.open_artifact("s3://bucket/results/personas/report").read_json("report.json")["metrics"]

@@ -10,12 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import toy_runs
 from palate import artifacts
 from palate.card import stages
-from palate.card.adaptation import AdaptConfig
-from palate.card.contrast import ContrastConfig
-from palate.card.heads import PreferConfig
-from palate.card.stages import CardConfig, ClusterConfig, PromptConfig
 from palate.corpora.worlds import personas
 from palate.distributed.launch import launch
 from palate.serving.answers import sample_answers
@@ -29,19 +26,6 @@ FLAGS = """
 """
 
 
-def settings(corpus: str, out: Path) -> CardConfig:
-    return CardConfig(
-        corpus=corpus,
-        out=str(out),
-        model="tiny",
-        cluster=ClusterConfig(clusters=2),
-        prompt=PromptConfig(max_prompt_tokens=200, max_answer_tokens=12),
-        adapt=AdaptConfig(rank=2, epochs=1, batch=8),
-        contrast=ContrastConfig(people_per_shard=3, top_k=10, cluster_texts=0, other_texts=1),
-        prefer=PreferConfig(width=4, head_epochs=2, head_precision=(60.0,), vector_deviation=(1.0,)),
-    )
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     out = tmp_path_factory.mktemp("corpus") / "personas"
@@ -51,7 +35,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
-    stages.pipeline(settings(corpus, out), World(), sampler=sample_answers)
+    stages.pipeline(toy_runs.card(corpus, out), World(), sampler=sample_answers)
     return out
 
 
@@ -77,7 +61,7 @@ def test_two_ranks_of_torchrun_end_as_one_process(corpus, alone, tmp_path):
 
 @pytest.mark.slow
 def test_two_workers_of_ray_end_as_one_process(corpus, alone, tmp_path, ray_cluster):
-    config = settings(corpus, tmp_path / "run")
+    config = toy_runs.card(corpus, tmp_path / "run")
     worker = partial(stages.pipeline, sampler=sample_answers)
     launch(worker, config, launcher="ray", workers=2, folder=config.out)
     assert_same(tmp_path / "run", alone)

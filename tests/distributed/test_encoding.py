@@ -4,6 +4,7 @@ import pytest
 
 import toy_lists
 from palate import artifacts
+from palate.corpora.preparation import Step
 from palate.corpora.streams import CorpusError
 from palate.lpo.encoding import EncodeConfig, encode
 
@@ -34,3 +35,24 @@ def test_a_corrupt_image_is_named_as_by_the_plain_loop(run_with_actors, tmp_path
     with pytest.raises(CorpusError, match=r"image i\d-\d: not an image that can be decoded"):
         encode(lists, "shapes", str(tmp_path / "ray"), SETTINGS, run_with_actors)
     assert not artifacts.exists(tmp_path / "ray" / "index")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "flags", "actors", "gpus"),
+    [
+        (9, {}, 2, 0),  # half of the test's four CPUs
+        (1, {}, 1, 0),
+        (9, {"at_least": 3}, 3, 0),
+        (2, {"at_least": 3}, 2, 0),
+        (9, {"gpu": True, "at_least": 2}, 2, 1),  # of a cluster that has none yet
+    ],
+)
+def test_as_many_actors_as_there_are_machines_or_workers_asked_for(
+    run_with_actors, monkeypatch, tasks, flags, actors, gpus
+):
+    from palate.distributed import prepare
+
+    asked = []
+    monkeypatch.setattr(prepare, "_run", lambda step, compute, gpus: asked.append((compute.min_size, gpus)))
+    run_with_actors(Step("toy", dict, list(range(tasks))), **flags)
+    assert asked == [(actors, gpus)]

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -79,6 +80,27 @@ def test_ray_trains_the_same_and_returns_the_summary(tmp_path, ray_cluster):
 def test_an_error_that_would_come_again_is_raised_as_it_is(tmp_path, ray_cluster):
     with pytest.raises(NonFinite, match="samples: s/1"):
         launch(stopping, toy.ToyConfig(str(tmp_path)), launcher="ray", folder=tmp_path)
+
+
+@pytest.mark.parametrize(("gpu", "asked"), [(None, False), (True, True), (False, False)])
+def test_gpus_are_asked_for_though_no_machine_has_started_yet(tmp_path, ray_cluster, monkeypatch, gpu, asked):
+    import ray.train.torch
+
+    settings = []
+
+    class Trainer:
+        def __init__(self, worker, **given):
+            settings.append(given)
+
+        def fit(self):
+            return SimpleNamespace(return_value="done")
+
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
+    config = toy.ToyConfig(str(tmp_path))
+    assert launch(toy.run, config, launcher="ray", workers=2, folder=tmp_path, gpu=gpu) == "done"
+    (given,) = settings
+    assert given["scaling_config"].use_gpu is asked
+    assert given["torch_config"].backend == ("nccl" if asked else "gloo")
 
 
 @pytest.mark.slow

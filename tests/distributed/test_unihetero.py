@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import toy_runs
 from palate.distributed.launch import launch
 from palate.training import logging as run_logs
 from palate.training.parallel import World
-from palate.unihetero.stages import TrainConfig, pipeline
-from palate.unihetero.training import PretrainConfig
+from palate.unihetero.stages import pipeline
 from toy_unihetero import build_parts, killed_once
 
 JOB = Path(__file__).parents[2] / "jobs" / "unihetero.py"
@@ -25,19 +25,6 @@ JOB = Path(__file__).parents[2] / "jobs" / "unihetero.py"
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     return build_parts(tmp_path_factory.mktemp("parts"))
-
-
-def settings(parts, out: Path, steps: int = 6) -> TrainConfig:
-    return TrainConfig(
-        corpus=(f"{parts}/index",),
-        out=str(out),
-        language=f"{parts}/language",
-        vision=f"{parts}/vision",
-        vae=f"{parts}/vae",
-        arm="decoder",
-        cache=f"{parts}/cache",
-        train=PretrainConfig(steps=steps, batch=6, micro_batch=2, checkpoint_every=2),
-    )
 
 
 def command(parts, out: Path, *flags: str, steps: int = 6) -> list[str]:
@@ -50,7 +37,7 @@ def command(parts, out: Path, *flags: str, steps: int = 6) -> list[str]:
 @pytest.fixture(scope="module")
 def alone(parts, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "run"
-    pipeline(settings(parts, out), World())
+    pipeline(toy_runs.unihetero(parts, out), World())
     return out
 
 
@@ -81,14 +68,17 @@ def test_two_ranks_of_torchrun_end_as_one_process(parts, alone, tmp_path, flags)
 
 @pytest.mark.slow
 def test_two_workers_of_ray_end_as_one_process(parts, alone, tmp_path, ray_cluster):
-    config = settings(parts, tmp_path / "run")
+    config = toy_runs.unihetero(parts, tmp_path / "run")
     launch(pipeline, config, launcher="ray", workers=2, folder=config.out)
     assert_same(tmp_path / "run", alone)
 
 
 @pytest.mark.slow
 def test_a_killed_worker_of_ray_is_started_again_and_nothing_changes(parts, tmp_path, ray_cluster):
-    whole, config = settings(parts, tmp_path / "whole", steps=40), settings(parts, tmp_path / "run", steps=40)
+    whole, config = (
+        toy_runs.unihetero(parts, tmp_path / "whole", steps=40),
+        toy_runs.unihetero(parts, tmp_path / "run", steps=40),
+    )
     pipeline(whole, World())
     launch(killed_once, config, launcher="ray", workers=2, folder=config.out)
     assert (tmp_path / "run" / "killed").exists()
@@ -98,7 +88,8 @@ def test_a_killed_worker_of_ray_is_started_again_and_nothing_changes(parts, tmp_
 
 @pytest.mark.slow
 def test_a_killed_process_goes_on_with_the_same_bits(parts, tmp_path):
-    # The unbroken run is a process like the killed one: sums over two threads differ from sums over one in the last bits.
+    # The unbroken run is a process like the killed one: sums over two threads differ from sums over one in the last
+    # bits.
     whole, out = tmp_path / "whole", tmp_path / "run"
     subprocess.run([sys.executable, *command(parts, whole, steps=40)], env=environment(), check=True)
     expected = run_logs.read(whole / "training")

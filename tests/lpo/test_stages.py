@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_diffusion
 import toy_lists
+import toy_runs
 from palate import artifacts
 from palate.artifacts import Artifact
 from palate.config import from_dict
@@ -26,7 +27,7 @@ from palate.lpo.samples import DrawConfig
 from palate.lpo.sampling import SampleConfig, generate
 from palate.lpo.stages import LpoConfig, PersonalConfig, check_base, drawing_of, pipeline, start_over
 from palate.lpo.taste import taste_vectors
-from palate.lpo.training import ObjectiveConfig, TuneConfig
+from palate.lpo.training import ObjectiveConfig
 from palate.models.diffusion import load_diffusion
 from palate.models.image_features import pixel_statistics
 from palate.training.parallel import World
@@ -35,16 +36,7 @@ PROMPT = "a small red circle on grey"
 
 
 def config(lists: Artifact, out: Path, **changes: Any) -> LpoConfig:
-    return LpoConfig(
-        lists=lists.url,
-        out=str(out),
-        encode=EncodeConfig(resolution=16, latent_dtype="float32", encode_batch=32),
-        learn=ObjectiveConfig(kl_beta=50.0),
-        tune=TuneConfig(steps=3, batch=4, learning_rate=3e-3, checkpoint_every=2),
-        sample=SampleConfig(sampler_steps=2),
-        grid=2,
-        **changes,
-    )
+    return toy_runs.lpo(lists.url, out, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -202,6 +202,14 @@ def test_postgresql_by_each_of_its_names(scheme):
         connect(f"{scheme}://ann:hunter2@localhost:1/palate?sslmode=maybe")
 
 
+def test_postgresqls_password_may_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("PGPASSWORD", "from/the environment")
+    assert connect("postgresql://ann@localhost:1/palate").url.password == "from/the environment"
+    assert connect("postgresql://ann:hunter2@localhost:1/palate").url.password == "hunter2"
+    monkeypatch.delenv("PGPASSWORD")
+    assert connect("postgresql://ann@localhost:1/palate").url.password is None
+
+
 def test_a_sqlite_file_in_a_new_folder(tmp_path):
     with open_store(f"sqlite:///{tmp_path}/new folder/palate.db") as store:
         assert store.count("acme") == 0

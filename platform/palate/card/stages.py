@@ -113,6 +113,9 @@ class CardConfig:
     """local: this process; torchrun: the ranks that torchrun started; ray: workers of a Ray cluster."""
     workers: int = scale(1)
     """Ranks, under Ray."""
+    gpu: bool | None = scale(None)
+    """Whether each of Ray's workers gets a GPU. None: if the cluster has as many at the start; so say it where machines
+    are started only when they are asked for."""
     fresh: bool = scale(False)
     """Discard what the run folder holds and begin anew."""
 

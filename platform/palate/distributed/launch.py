@@ -47,6 +47,7 @@ def launch(
     launcher: Launcher,
     workers: int = 1,
     folder: str | Path,
+    gpu: bool | None = None,
     once: Callable[[Config], None] | None = None,
 ) -> Result:
     """Run ``worker(config, world)``, a module-level function, on every rank; returns what rank 0's returned.
@@ -55,6 +56,7 @@ def launch(
     its own before this is called.
 
     Args:
+        gpu: of ``run_ray``.
         once: done before any rank's work, and not again when ranks are started again after a fault.
 
     Raises:
@@ -62,7 +64,7 @@ def launch(
         SystemExit: SIGTERM ended the training, and what was done is saved.
     """
     try:
-        return _launch(worker, config, launcher, workers, folder, once)
+        return _launch(worker, config, launcher, workers, folder, gpu, once)
     except Preempted as notice:
         log.warning("%s", notice)
         raise SystemExit(128 + signal.SIGTERM) from None
@@ -74,6 +76,7 @@ def _launch(
     launcher: Launcher,
     workers: int,
     folder: str | Path,
+    gpu: bool | None,
     once: Callable[[Config], None] | None,
 ) -> Result:
     if launcher == "torchrun":
@@ -86,7 +89,7 @@ def _launch(
     if once:
         once(config)
     if launcher == "ray":
-        return run_ray(worker, config, workers=workers, folder=folder)
+        return run_ray(worker, config, workers=workers, folder=folder, gpu=gpu)
     return run_local(worker, config)
 
 
@@ -96,13 +99,14 @@ def run_ray(
     *,
     workers: int,
     folder: str | Path,
-    use_gpu: bool | None = None,
+    gpu: bool | None = None,
     failures: int = 3,
 ) -> Result:
     """Run ``worker`` on ``workers`` ranks of the Ray cluster that is there, or of one started on this machine.
 
     Args:
-        use_gpu: a GPU for each worker; by default if the cluster has as many.
+        gpu: a GPU for each worker; by default if the cluster has as many now. A cluster that starts machines when they
+            are asked for may have none yet.
         failures: how often a group whose worker died is started again. An error that would come again is raised at
             once, as the worker raised it; preempted nodes are waited for without a limit.
 
@@ -116,8 +120,7 @@ def run_ray(
 
     if not ray.is_initialized():
         ray.init()
-    if use_gpu is None:
-        use_gpu = ray.cluster_resources().get("GPU", 0) >= workers
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= workers if gpu is None else gpu
     filesystem, root = artifacts.locate(folder)
     for attempt in range(failures + 1):
         trainer = TorchTrainer(

@@ -26,9 +26,14 @@ def run_with_ray(step: Step) -> list[dict[str, Any]]:
     return _run(step, compute=None, gpus=0)
 
 
-def run_with_actors(step: Step) -> list[dict[str, Any]]:
+def run_with_actors(step: Step, gpu: bool | None = None, at_least: int = 1) -> list[dict[str, Any]]:
     """The same in actors that stay, for tasks that keep a model in memory: one for each GPU of the cluster, or where
     there is none, for every second CPU.
+
+    Args:
+        gpu: whether an actor needs a GPU; by default if there is one now.
+        at_least: so many actors, if there are as many tasks: a cluster that starts machines when they are asked for
+            may have none yet.
 
     Raises:
         CorpusError: a task found that the input is not what the command says.
@@ -36,8 +41,9 @@ def run_with_actors(step: Step) -> list[dict[str, Any]]:
     _join()
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
-    count = min(len(step.tasks), gpus or max(1, int(resources.get("CPU", 1)) // 2))
-    return _run(step, compute=ActorPoolStrategy(size=max(1, count)), gpus=1 if gpus else 0)
+    gpu = gpus > 0 if gpu is None else gpu
+    count = min(len(step.tasks), max(at_least, gpus if gpu else int(resources.get("CPU", 1)) // 2))
+    return _run(step, compute=ActorPoolStrategy(size=max(1, count)), gpus=1 if gpu else 0)
 
 
 class _Task:

@@ -5,6 +5,7 @@ one person wait for each other. On SQLite all writers wait for each other (``BEG
 one person do, by a lock on the person's row.
 """
 
+import os
 import sqlite3
 import ssl
 import threading
@@ -185,7 +186,8 @@ def _config() -> Config:
 
 
 def _postgresql_engine(url: URL) -> Engine:
-    """By pg8000, with libpq's names for what its URLs usually say: ``host`` (a socket's folder) and ``sslmode``.
+    """By pg8000, with libpq's names for what its URLs usually say: ``host`` (a socket's folder) and ``sslmode``; and
+    libpq's variable ``PGPASSWORD`` where the URL has no password, so that a configuration need not hold one.
 
     Raises:
         ValueError: another parameter, or another way to use TLS.
@@ -206,7 +208,8 @@ def _postgresql_engine(url: URL) -> Engine:
                 f"the user store's URL has {name}={value}; expected sslmode=disable, require or verify-full, or "
                 "host=FOLDER of a socket"
             )
-    plain = url.set(drivername="postgresql+pg8000", query={})
+    password = url.password or os.environ.get("PGPASSWORD")
+    plain = url.set(drivername="postgresql+pg8000", query={}, password=password)
     return create_engine(plain, pool_pre_ping=True, connect_args=arguments, hide_parameters=True)  # no text in a log
 
 

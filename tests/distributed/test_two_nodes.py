@@ -1,0 +1,33 @@
+"""The three trainings with their ranks on two nodes end as in one process."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parents[1] / "two_nodes.py"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_trainings_on_two_nodes_end_as_in_one_process(tmp_path: Path) -> None:
+    # A short folder for Ray's sockets, where nobody else's `ray.init()` looks for a cluster.
+    temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    environment = {**os.environ, "RAY_TMPDIR": temporary, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, str(PROGRAM), str(tmp_path)]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1100)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(found, indent=1))
+    for name, result in found.items():
+        assert len(result["nodes"]) == len(set(result["nodes"])) == 2, name
+    assert found.keys() == {"card", "lpo", "unihetero"}

@@ -1,0 +1,271 @@
+"""`cluster.yaml` and `kubernetes/`: valid, of the client's version, closed to the outside; and on a fake cloud."""
+
+import importlib
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from palate import config as configs
+from palate.card.stages import CardConfig
+from toy_cluster import ray_head
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def read() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "cluster.yaml").read_text())
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def ray_pin() -> str:
+    (pin,) = (line for line in project()["dependencies"] if line.startswith("ray["))
+    return pin.partition("==")[2]
+
+
+def images(config: dict[str, Any]) -> list[str]:
+    named = [kind.get("docker", {}).get("worker_image") for kind in config["available_node_types"].values()]
+    return [config["docker"]["image"], *filter(None, named)]
+
+
+def start_commands(config: dict[str, Any]) -> list[str]:
+    found = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
+    return [command for command in found if "ray start" in command]
+
+
+def test_rays_own_schema_and_checks_accept_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray.autoscaler
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    monkeypatch.chdir(ROOT)
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    jsonschema.validate(read(), schema)
+    prepared = prepare_config(read())
+    validate_config(prepared)
+    workers = {name: kind["max_workers"] for name, kind in prepared["available_node_types"].items()}
+    assert workers == {"head": 0, "cpu": 8, "gpu": 4}
+    # The defaults of a provider must not have crept in where this file says otherwise.
+    assert prepared["head_start_ray_commands"] == read()["head_start_ray_commands"]
+    assert "pip install --quiet /home/ray/palate" in prepared["head_setup_commands"]
+    assert "pip install --quiet /home/ray/palate" in prepared["worker_setup_commands"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_worker": 3}, "Additional properties are not allowed"),
+        ({"head_node_type": "none"}, "must be one of `available_node_types`"),
+        ({"max_workers": -1}, "less than the minimum"),
+    ],
+)
+def test_rays_checks_would_refuse_a_mistake(change: dict[str, Any], message: str) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    with pytest.raises((jsonschema.ValidationError, ValueError), match=message):
+        validate_config(prepare_config({**read(), **change}))
+
+
+def test_the_images_are_of_the_clients_ray_and_of_a_python_that_it_supports() -> None:
+    import ray
+
+    assert ray.__version__ == ray_pin()
+    for image in images(read()):
+        version, python, _ = image.removeprefix("rayproject/ray:").split("-")
+        assert version == ray_pin()
+        lowest = re.search(r">=3\.(\d+)", project()["requires-python"])
+        assert lowest
+        assert python == f"py3{lowest.group(1)}"
+    assert sys.version_info >= (3, int(lowest.group(1)))
+
+
+def test_the_head_does_no_work_and_workers_are_spot_machines_below_a_cap() -> None:
+    config = read()
+    kinds = dict(config["available_node_types"])
+    head = kinds.pop(config["head_node_type"])
+    assert head["resources"] == {"CPU": 0, "GPU": 0}
+    assert "InstanceMarketOptions" not in head["node_config"]
+    assert any("GPU" in kind["resources"] for kind in kinds.values())
+    assert any("GPU" not in kind["resources"] for kind in kinds.values())
+    for kind in kinds.values():
+        assert kind["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
+        assert kind["min_workers"] == 0
+        assert "IamInstanceProfile" in kind["node_config"]  # without one, a worker has no rights to any bucket
+        assert kind["max_workers"] <= config["max_workers"]
+
+
+def test_nothing_listens_to_the_outside_and_the_token_is_on_everywhere() -> None:
+    config = read()
+    assert "0.0.0.0" not in json.dumps(config)
+    assert "-e RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    assert config["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
+    commands = start_commands(config)
+    assert len(commands) == 2
+    for command in commands:
+        assert "RAY_AUTH_MODE=token ray start" in command
+        assert re.search(r"--object-store-memory=\d+", command)
+    assert "--dashboard-host=127.0.0.1" in commands[0]
+
+
+def test_mounted_folders_have_no_slash_at_their_end() -> None:
+    assert [path for pair in read()["file_mounts"].items() for path in pair if path.endswith("/")] == []
+
+
+# kubernetes/
+
+
+def manifest(name: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "kubernetes" / f"{name}.yaml").read_text())
+
+
+def kuberay() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "tests" / "fixtures" / "kuberay-1.6.2.yaml").read_text())
+
+
+def ray_cluster_of(document: dict[str, Any]) -> dict[str, Any]:
+    return document["spec"].get("rayClusterSpec") or document["spec"]["rayClusterConfig"]
+
+
+@pytest.mark.parametrize("name", ["rayjob", "rayservice"])
+def test_manifests_are_what_kuberay_takes(name: str) -> None:
+    jsonschema.Draft202012Validator.check_schema(kuberay())
+    jsonschema.validate(manifest(name), kuberay())
+
+
+def misspell(document: dict[str, Any]) -> None:
+    document["spec"]["backOffLimit"] = document["spec"].pop("backoffLimit")
+
+
+def number_as_parameter(document: dict[str, Any]) -> None:
+    ray_cluster_of(document)["headGroupSpec"]["rayStartParams"]["num-cpus"] = 0
+
+
+def kept_cluster(document: dict[str, Any]) -> None:
+    document["spec"]["shutdownAfterJobFinishes"] = False
+
+
+def another_mode(document: dict[str, Any]) -> None:
+    ray_cluster_of(document)["authOptions"]["mode"] = "basic"
+
+
+def no_image_key(document: dict[str, Any]) -> None:
+    container = ray_cluster_of(document)["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
+    container["img"] = container.pop("image")
+
+
+@pytest.mark.parametrize("mistake", [misspell, number_as_parameter, kept_cluster, another_mode, no_image_key])
+def test_a_mistake_in_a_manifest_is_refused(mistake: Callable[[dict[str, Any]], None]) -> None:
+    document = manifest("rayjob")
+    mistake(document)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document, kuberay())
+
+
+@pytest.mark.parametrize("name", ["rayjob", "rayservice"])
+def test_pods_have_the_pinned_ray_a_token_and_a_cap_and_the_head_no_work(name: str) -> None:
+    cluster = ray_cluster_of(manifest(name))
+    assert cluster["rayVersion"] == ray_pin()
+    assert cluster["authOptions"] == {"mode": "token"}
+    head = cluster["headGroupSpec"]
+    assert head["serviceType"] == "ClusterIP"
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    for group in (head, *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["image"].endswith(f":{project()['version']}-ray{ray_pin()}-py311")
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        assert int(group["rayStartParams"]["object-store-memory"]) > 0
+    assert all(group["maxReplicas"] < 100 for group in cluster["workerGroupSpecs"])
+
+
+def test_the_image_is_built_from_the_pinned_ray_and_gets_what_runs_on_nodes() -> None:
+    said = (ROOT / "kubernetes" / "Dockerfile").read_text()
+    assert f"FROM rayproject/ray:{ray_pin()}-py311-${{FLAVOUR}}" in said
+    copied = {name for line in re.findall(r"^COPY --chown=ray (.*) \S+$", said, re.MULTILINE) for name in line.split()}
+    assert {"pyproject.toml", "platform", "jobs", "serve"} <= copied
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+
+
+def test_the_job_runs_a_job_of_this_repository_with_flags_that_it_has() -> None:
+    spec = manifest("rayjob")["spec"]
+    python, script, *flags = spec["entrypoint"].split()
+    assert (python, script) == ("python", "/home/ray/palate/jobs/card.py")
+    config = configs.parse(CardConfig, arguments=flags)
+    assert (config.launcher, config.workers) == ("ray", 4)
+    assert config.corpus.startswith("s3://")
+    assert config.out.startswith("s3://")
+    assert spec["backoffLimit"] > 0
+
+
+def test_the_service_serves_what_the_config_of_this_repository_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    served = yaml.safe_load(manifest("rayservice")["spec"]["serveConfigV2"])
+    local = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
+    ServeDeploySchema.model_validate(served)
+    (application,), (known,) = served["applications"], local["applications"]
+    assert {**application, "args": None} == {**known, "args": None}
+    assert served["http_options"]["port"] == local["http_options"]["port"]
+    monkeypatch.syspath_prepend(str(ROOT))
+    settings = importlib.import_module("serve.text").TextSettings.model_validate(application["args"])
+    assert settings.replicas == ray_cluster_of(manifest("rayservice"))["workerGroupSpecs"][0]["minReplicas"]
+    assert settings.database.startswith("postgresql://")  # several replicas on several machines
+
+
+# The node types of cluster.yaml, on this machine
+
+# Asks for what the types offer, one after the other, and says where it ran; then waits until idle nodes are given back.
+DRIVER = """
+import json, os, time, ray
+ray.init(log_to_driver=False)
+(head,) = ray.nodes()
+
+@ray.remote
+def where():
+    return os.environ.get("RAY_NODE_TYPE_NAME"), ray.get_runtime_context().get_node_id() == head["NodeID"]
+
+found = {"head": head["Resources"].get("CPU", 0)}
+for kind, wanted in json.loads(os.environ["WANTED"]).items():
+    task = where.options(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0))
+    found[kind] = ray.get(task.remote(), timeout=240)
+deadline = time.monotonic() + 90
+while sum(node["Alive"] for node in ray.nodes()) > 1 and time.monotonic() < deadline:
+    time.sleep(0.5)
+found["left"] = sum(node["Alive"] for node in ray.nodes())
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_work_makes_workers_of_its_type_come_and_go_and_the_head_gets_none() -> None:
+    """By Ray's autoscaler and its fake provider, which makes the nodes of this file on this machine, one CPU each."""
+    config = read()
+    kinds = config["available_node_types"]
+    for kind in kinds.values():
+        kind["node_config"] = {}
+        kind["resources"]["CPU"] = min(kind["resources"]["CPU"], 1)
+        kind["resources"]["object_store_memory"] = 100 * 2**20
+        kind.pop("docker", None)
+    wanted = {name: dict(kind["resources"]) for name, kind in kinds.items() if name != config["head_node_type"]}
+    head = kinds.pop(config["head_node_type"])
+    fake = {
+        "cluster_name": config["cluster_name"],
+        "max_workers": config["max_workers"],
+        "idle_timeout_minutes": 0.1,
+        # The provider knows its head by this name alone.
+        "available_node_types": {**kinds, "ray.head.default": {**head, "max_workers": 0}},
+        "head_node_type": "ray.head.default",
+    }
+    with ray_head(head["resources"]["CPU"], dashboard=False, autoscaling=fake, WANTED=json.dumps(wanted)) as cluster:
+        done = cluster.run([sys.executable, "-c", DRIVER])
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {"head": 0, "cpu": ["cpu", False], "gpu": ["gpu", False], "left": 1}

@@ -1,0 +1,144 @@
+"""A head of Ray with a dashboard on this machine, and jobs submitted to it as a user would."""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# What belongs to the cluster, or the paths, of the process that runs the tests.
+FOREIGN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "PYTHONPATH")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running head: where it is, the environment of its clients, and the folder of its sessions and logs."""
+
+    gcs: str
+    dashboard: str
+    environment: Mapping[str, str]
+    folder: Path
+
+    def submit(self, *entrypoint: str, flags: Sequence[str] = (), timeout: float = 600) -> subprocess.CompletedProcess:
+        """``ray job submit FLAGS -- ENTRYPOINT`` from the repository's folder, as docs/clusters.md says."""
+        command = [ray_command(), "job", "submit", "--runtime-env", "jobs/runtime_env.yaml", *flags, "--", *entrypoint]
+        return self.run(command, timeout)
+
+    def run(self, command: Sequence[str], timeout: float = 600) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False, timeout=timeout
+        )
+
+
+def ray_command() -> str:
+    return str(Path(sys.executable).with_name("ray"))
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback that nobody listens on; all different."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+@contextmanager
+def ray_head(
+    cpus: int, *, dashboard: bool = True, autoscaling: Mapping[str, Any] | None = None, **settings: str
+) -> Iterator[Head]:
+    """A head in token mode with a token of its own, on ports and in a folder of its own; ended with all it started.
+
+    Args:
+        cpus: logical CPUs that the head offers.
+        autoscaling: a cluster's configuration whose provider is Ray's fake one, which makes nodes of this machine.
+        settings: more variables of its environment.
+    """
+    gcs, http, client, agent = free_ports(4)
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: sockets' paths must fit into 107 bytes
+    environment = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_worker_niceness": "0",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        **settings,
+    }
+    start = [ray_command(), "start", "--head", "--block", f"--temp-dir={folder}", f"--num-cpus={cpus}"]
+    start += ["--node-ip-address=127.0.0.1", f"--port={gcs}", f"--ray-client-server-port={client}"]
+    start += ["--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={150 * 2**20}"]
+    start += [f"--include-dashboard={dashboard}", "--dashboard-host=127.0.0.1", f"--dashboard-port={http}"]
+    start += [f"--dashboard-agent-listen-port={agent}"]
+    if autoscaling is not None:
+        config = {**autoscaling, "provider": {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{gcs}"}}
+        (folder / "autoscaling.json").write_text(json.dumps(config))
+        start += [f"--autoscaling-config={folder}/autoscaling.json"]
+        environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    log = folder / "head.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            start, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    url = f"http://127.0.0.1:{http}"
+    clients = {**environment, "RAY_ADDRESS": url if dashboard else f"127.0.0.1:{gcs}"}
+    head = Head(f"127.0.0.1:{gcs}", url, clients, folder)
+    try:
+        _wait(process, head, log, dashboard)
+        yield head
+    finally:
+        _end_all(environment["RAY_AUTH_TOKEN"])
+        process.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait(process: subprocess.Popen, head: Head, log: Path, dashboard: bool) -> None:
+    """Until the head answers; what it said, if it does not."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if "Ray runtime started" in log.read_text() and (not dashboard or status(head, "/api/version") == 200):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"no head after two minutes:\n{log.read_text()}")
+
+
+def status(head: Head, path: str, token: str | None = None) -> int:
+    """The HTTP status of a page of the dashboard: with the head's own token, another, or none if it is empty."""
+    token = head.environment["RAY_AUTH_TOKEN"] if token is None else token
+    request = urllib.request.Request(head.dashboard + path)
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+def _end_all(token: str) -> None:
+    """Kill whatever was started with this token in its environment: no other process has it."""
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            if token.encode() in (place / "environ").read_bytes():
+                os.kill(int(place.name), signal.SIGKILL)
+        except OSError:
+            continue  # ended meanwhile
