@@ -13,6 +13,7 @@ from serve.replicas import Replicas, deploy
 
 from palate.serving.image_http import create_image_app
 from palate.serving.image_service import ImageService, ImageSettings
+from palate.serving.logs import write_json_lines
 
 
 class ImageServerSettings(ImageSettings, Replicas):
@@ -24,6 +25,7 @@ class ImageServer:
     """One replica."""
 
     def __init__(self, settings: ImageServerSettings) -> None:
+        write_json_lines()
         start = time.perf_counter()
         plain = settings.model_dump(exclude=set(Replicas.model_fields))
         self._service = ImageService(ImageSettings(**plain)).start()

@@ -12,6 +12,7 @@ from ray import serve
 from serve.replicas import Replicas, deploy
 
 from palate.serving.http import create_app
+from palate.serving.logs import write_json_lines
 from palate.serving.service import Service, Settings
 from palate.users.runs import live_run
 
@@ -28,6 +29,7 @@ class TextServer:
     """One replica."""
 
     def __init__(self, settings: TextSettings) -> None:
+        write_json_lines()
         start = time.perf_counter()
         plain = settings.model_dump(exclude={"run", *Replicas.model_fields})
         self._service = Service(Settings(**plain))

@@ -52,7 +52,7 @@ def test_a_config_in_a_file_is_taken_and_overridden(tmp_path: Path) -> None:
     file.write_text(json.dumps({"batches": 9}))
     with pytest.raises(SystemExit, match=r"best.json: Checked has no field 'batches'"):
         configs.parse(Checked, None, ["--config", str(file)])
-    with pytest.raises(SystemExit, match="--config .*none.json"):
+    with pytest.raises(SystemExit, match=r"--config .*none.json"):
         configs.parse(Checked, None, ["--config", str(tmp_path / "none.json")])
 
 

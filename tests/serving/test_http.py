@@ -1,6 +1,7 @@
 """The HTTP side through the unmodified OpenAI client and plain requests."""
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -314,6 +315,6 @@ def test_health_and_metrics(server, http, client):
     ask(client)
     assert http.get("/healthz").json()["status"] == "ok"
     text = http.get("/metrics").text
-    assert 'palate_requests_total{route="/v1/chat/completions",status="200"}' in text
+    assert re.search(r'palate_requests_total\{replica="[^"]+",route="/v1/chat/completions",status="200"\}', text)
     assert "palate_first_token_seconds_count" in text
     assert "palate_running" in text

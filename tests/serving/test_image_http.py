@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import re
 import struct
 import threading
 import time
@@ -454,7 +455,7 @@ def test_the_safety_hook(tmp_path: Any) -> None:
         assert refused.value.code == "content_policy_violation"
         with pytest.raises(openai.APIError, match="it is too red"):
             list(client.images.generate(model="shapes", prompt=PROMPT, stream=True))
-        assert "palate_images_refused_total 2.0" in httpx.get(f"{url}/metrics").text
+        assert re.search(r'palate_images_refused_total\{replica="[^"]+"\} 2.0', httpx.get(f"{url}/metrics").text)
         colour[0] = "green"
         assert opened(client.images.generate(model="shapes", prompt=PROMPT).data[0])[0, 0].tolist() == [0, 128, 0]
     service.stop()
@@ -466,9 +467,9 @@ def test_health_metrics_and_the_document(http: httpx.Client, client: openai.Open
     assert health["status"] == "ok"
     assert (health["models"], health["failed"]) == (len(client.models.list().data), 0)
     text = http.get("/metrics").text
-    assert 'palate_requests_total{route="/v1/images/generations",status="200"}' in text
+    assert re.search(r'palate_requests_total\{replica="[^"]+",route="/v1/images/generations",status="200"\}', text)
     assert "palate_image_seconds_count" in text
-    assert "palate_images_waiting 0.0" in text
+    assert re.search(r'palate_images_waiting\{replica="[^"]+"\} 0.0', text)
     assert "multipart/form-data" in json.dumps(http.get("/openapi.json").json()["paths"]["/v1/images/edits"])
     empty = ImageService(settings(tmp_path, models={"lost": ModelSource(base="/nowhere")}, require_keys=False)).start()
     with listening(create_image_app(empty)) as url:

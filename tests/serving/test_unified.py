@@ -345,7 +345,7 @@ def test_it_is_listed_beside_the_runs(client: openai.OpenAI, http: httpx.Client)
     assert listed["scenes"].image_tokens == 4
     assert client.models.retrieve("scenes").live is False
     assert http.get("/healthz").json()["runs"] == ["first", "scenes"]
-    assert 'palate_waiting{run="scenes"} 0.0' in http.get("/metrics").text
+    assert re.search(r'palate_waiting\{replica="[^"]+",run="scenes"\} 0.0', http.get("/metrics").text)
 
 
 def test_a_unified_model_alone_and_one_that_cannot_be_loaded(url: str, tmp_path: Path) -> None:

@@ -158,7 +158,8 @@ def read_texts(path: str) -> list[str]:
 
 def load(run: Artifact, device: str) -> tuple[UniHeteroModel, UniHeteroProcessor]:
     folder = run.local_folder()
-    return UniHeteroModel.from_pretrained(folder).to(device).eval(), AutoProcessor.from_pretrained(folder)
+    model = UniHeteroModel.from_pretrained(folder, use_safetensors=True).to(device).eval()
+    return model, AutoProcessor.from_pretrained(folder)
 
 
 def ask(model: UniHeteroModel, processor: UniHeteroProcessor, benchmark: Benchmark, batch: int) -> list[Answer]:

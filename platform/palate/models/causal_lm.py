@@ -86,7 +86,9 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, device: str
     try:
         source = str(_converted(gguf_file) if gguf_file else folder if folder.is_dir() else name)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, use_safetensors=True
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"--model {name} cannot be loaded: {error}\nA model is {_NAMES}") from error
     if report["missing_keys"]:

@@ -130,7 +130,7 @@ def load_diffusion(name: str, *, device: str = "cpu", dtype: torch.dtype = torch
         left_out["requires_safety_checker"] = False
     with _explained(name, "its tokenizers and scheduler"):
         made = {part: model for part, model in models.items() if model is not None}
-        pipeline = DiffusionPipeline.from_pretrained(source, **made, **left_out)
+        pipeline = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **made, **left_out)
     return wrap(pipeline.to(device), name)
 
 

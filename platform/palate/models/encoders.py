@@ -97,7 +97,7 @@ def load_encoder(
     source = str(folder) if folder.is_dir() else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model, report = AutoModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, report = AutoModel.from_pretrained(source, dtype=dtype, output_loading_info=True, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"--encoder {name} cannot be loaded: {error}\nAn encoder is `stylometric`, a hub id such as "

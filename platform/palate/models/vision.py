@@ -24,7 +24,7 @@ def load_vision(name: str) -> VisionEncoder:
         ValueError: there is no such encoder, it is incomplete, or it is no vision transformer.
     """
     try:
-        model, report = AutoModel.from_pretrained(name, output_loading_info=True)
+        model, report = AutoModel.from_pretrained(name, output_loading_info=True, use_safetensors=True)
         image_processor = AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"--vision {name} cannot be loaded: {error}\nAn encoder is {_NAMES}") from error

@@ -20,7 +20,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from palate.serving import engine, page
+from palate.serving import engine, logs, page
 from palate.serving.answering import Answering, NotFinite, chat_log_probs, envelope, text_log_probs, usage
 from palate.serving.engine import BASE, Completion, Event
 from palate.serving.metrics import Metrics, RequestMetrics
@@ -876,8 +876,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _unexpected_error(request: Request, error: Exception) -> Response:
-    log.error("unexpected error", exc_info=error)
-    return ApiError(500, "the server failed; its log says why").response()
+    name = request.state.request_id
+    log.error("unexpected error", exc_info=error, extra={"request_id": name})
+    return ApiError(
+        500, f"the server failed; its log says why (request {name})", headers={"X-Request-Id": name}
+    ).response()
 
 
 class BoundedBody:
@@ -939,7 +942,7 @@ class Authenticated:
 
 
 class Counted:
-    """Notes when each request came, and counts answers by route and status."""
+    """Notes when each request came and gives it an id, counts answers by route and status, and logs a line of each."""
 
     def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
         self._app, self._metrics = app, metrics
@@ -949,21 +952,42 @@ class Counted:
             await self._app(scope, receive, send)
             return
 
-        scope.setdefault("state", {})["started"] = time.perf_counter()
+        started, status, ended = time.perf_counter(), 0, "cut"
+        name = logs.request_id(dict(scope["headers"]).get(b"x-request-id"))
+        state = scope.setdefault("state", {})
+        state["started"], state["request_id"] = started, name
 
-        def count(status: int) -> None:
-            self._metrics.request(getattr(scope.get("route"), "path", "unknown"), status)
+        def count(found: int) -> None:
+            nonlocal status
+            status = found
+            self._metrics.request(getattr(scope.get("route"), "path", "unknown"), found)
 
         async def counted(message: Message) -> None:
+            nonlocal ended
             if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", []), (b"x-request-id", name.encode())]}
                 count(message["status"])
+            elif message["type"] == "http.response.body" and not message.get("more_body", False):
+                ended = "whole"
             await send(message)
 
         try:
             await self._app(scope, receive, counted)
         except Exception:  # answered with 500 further out
+            ended = "failed"
             count(500)
             raise
+        finally:
+            caller = state.get("caller")
+            logs.answered(
+                request_id=name,
+                method=scope["method"],
+                route=getattr(scope.get("route"), "path", "unknown"),
+                status=status,
+                seconds=time.perf_counter() - started,
+                tenant=caller.tenant if isinstance(caller, Caller) else None,
+                ended=ended,
+            )
 
 
 @asynccontextmanager

@@ -1,5 +1,11 @@
-"""Figures of one replica in Prometheus' format."""
+"""Figures of one replica in Prometheus' format.
 
+Every line names its replica: behind one address, each scrape reaches one of several, whose counts must not be taken for
+one another's. No label names a person, a key or a prompt.
+"""
+
+import os
+import socket
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -17,6 +23,7 @@ class RequestMetrics:
     """Counts requests. Labels name no one."""
 
     def __init__(self) -> None:
+        self.replica = f"{socket.gethostname()}-{os.getpid()}"
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "palate_requests", "Answers by route and status", ["route", "status"], registry=self._registry
@@ -26,7 +33,13 @@ class RequestMetrics:
         self._requests.labels(route, str(status)).inc()
 
     def render(self) -> bytes:
-        return generate_latest(self._registry)
+        return generate_latest(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """What is measured, each sample with the replica's name."""
+        for metric in self._registry.collect():
+            metric.samples = [one._replace(labels={**one.labels, "replica": self.replica}) for one in metric.samples]
+            yield metric
 
 
 class Metrics(RequestMetrics):

@@ -58,7 +58,7 @@ def load_unified(url: str, *, device: str = "cpu", dtype: torch.dtype = torch.fl
     """
     artifact = artifacts.open_artifact(artifacts.join(url, "model"), KIND)
     folder = artifact.local_folder()
-    model = UniHeteroModel.from_pretrained(folder, dtype=dtype).to(device).eval()
+    model = UniHeteroModel.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device).eval()
     processor = AutoProcessor.from_pretrained(folder)
     return ServedUnified(artifact.digest[:16], model, processor, wrap(model.language, processor.tokenizer, url))
 
@@ -153,7 +153,7 @@ def load_images(url: str, vae: str, *, device: str = "cpu", dtype: torch.dtype =
     if not isinstance(model.pixel_head, PixelDecoder):
         raise ValueError(f"{url} has no pixel decoder: train --arm decoder, or the stage pixels on it")
     try:
-        loaded: Any = AutoencoderKL.from_pretrained(vae, torch_dtype=dtype)
+        loaded: Any = AutoencoderKL.from_pretrained(vae, torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"vae {vae!r} cannot be loaded: {error}") from error
     channels, width = int(loaded.config.latent_channels), model.config.latent_width

@@ -163,7 +163,9 @@ class Experiment:
         """A new model; of equal seeds, arms have equal language models and projectors."""
         config = self.config
         vision = ViTModel.from_pretrained(
-            self.parts.local_folder("vision" if features == "trained" else "random"), add_pooling_layer=False
+            self.parts.local_folder("vision" if features == "trained" else "random"),
+            add_pooling_layer=False,
+            use_safetensors=True,
         )
         language = small_llama(len(self.tokenizer), config.width, config.layers, seed=seed)
         scale = float(language.get_input_embeddings().weight.detach().float().square().mean().sqrt())

@@ -182,7 +182,7 @@ def load_parts(config: TrainConfig, device: str) -> Parts:
     arm = ARMS[config.arm]
     if config.start is not None:
         folder = artifacts.open_artifact(join(config.start, "model"), KIND).local_folder()
-        before = UniHeteroModel.from_pretrained(folder)
+        before = UniHeteroModel.from_pretrained(folder, use_safetensors=True)
         processor = AutoProcessor.from_pretrained(folder)
         language, vision, settings = before.language, before.vision, before.config
     else:
@@ -212,7 +212,9 @@ def load_parts(config: TrainConfig, device: str) -> Parts:
         )
     latents = None
     if config.vae is not None:
-        latents = LatentMaker(AutoencoderKL.from_pretrained(config.vae).to(device), processor, settings.image_tokens)
+        latents = LatentMaker(
+            AutoencoderKL.from_pretrained(config.vae, use_safetensors=True).to(device), processor, settings.image_tokens
+        )
         settings.latent_width = latents.width
     branch = config.branch_from or settings.text_config.num_hidden_layers // 2
     settings = configured(with_tokens(settings, processor.tokenizer), arm, config.semantic_loss, branch)
