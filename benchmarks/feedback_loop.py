@@ -67,6 +67,7 @@ from palate.users.store import Store, open_store
 
 ARMS = ("feedback", "control")
 TENANT = "default"
+NOBODY = "nobody 0"
 TEXT_ARMS = ("feedback", "same family", "control")
 COLOURS = {"feedback": "#0f766e", "same family": "#7c3aed", "control": "#a16207"}
 
@@ -256,6 +257,16 @@ def write(file: Path, content: Any) -> None:
     part.replace(file)
 
 
+def settle(config: Any, *aside: str) -> None:
+    """Say in OUT what decides its figures, and refuse to go on with others there."""
+    decides = {name: value for name, value in configs.to_dict(config).items() if name not in ("out", *aside)}
+    file = Path(config.out) / "settings.json"
+    if file.exists() and (before := json.loads(file.read_text())) != decides:
+        other = {name: (before.get(name), value) for name, value in decides.items() if before.get(name) != value}
+        raise SystemExit(f"{config.out} holds figures of other settings, {other}: choose another --out")
+    write(file, decides)
+
+
 def images_table(config: ImagesLoop) -> list[dict[str, Any]]:
     """A row a round and arm over the seeds that all arms have finished; intervals over captions and seeds."""
     wanted = [("base", 0), *((arm, number) for arm in ARMS for number in range(1, config.rounds + 1))]
@@ -302,6 +313,7 @@ def images_table(config: ImagesLoop) -> list[dict[str, Any]]:
 
 def images_loop(config: ImagesLoop) -> None:
     torch.set_num_threads(1)
+    settle(config, "rounds", "seeds", "workers")
     # Seed by seed, so that what is there after a while is whole.
     tasks = [(arm, seed) for seed in config.seeds for arm in ("base", *ARMS)]
     with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
@@ -418,20 +430,21 @@ def others(people: Sequence[NewPerson], place: int) -> dict[str, NewPerson]:
 
 
 def text_loop(config: TextLoop) -> None:
+    """Everybody's scores, going on after the people who are finished."""
     torch.set_num_threads(1)
+    settle(config)
     run = load_run(config.run)
     if run.history_k:
         raise SystemExit(f"{config.run} quotes history in its prompts, which is not measured here: give another run")
     reader, people = Reader(run), new_people(config)
-    scores: dict[tuple[str, int], list[float]] = {}
-    users: list[str] = []
-    out = Path(config.out)
+    file = Path(config.out) / "scores.json"
+    scores: dict[str, list[float]] = json.loads(file.read_text()) if file.exists() else {}
     last = None
     with TemporaryDirectory() as folder, open_store(f"sqlite:///{folder}/palate.db") as store:
-        for place, person in enumerate(progress.track(people, "people")):
-            users += [f"new-{place}"] * len(person.tests)
+        done = len(scores.get(NOBODY, ())) // config.tests
+        for place, person in enumerate(progress.track(people[done:], "people"), done):
             for text in person.tests:
-                scores.setdefault(("nobody", 0), []).append(reader.bits(run.population, text))
+                scores.setdefault(NOBODY, []).append(reader.bits(run.population, text))
             for arm, whose in others(people, place).items():
                 user, sent = f"{place}-{arm.replace(' ', '-')}", 0
                 for number in config.rounds:
@@ -439,17 +452,25 @@ def text_loop(config: TextLoop) -> None:
                         store.add_feedback(TENANT, user, text.input, "", text.output)
                     sent = number
                     last = fit(reader, store, user)
-                    scores.setdefault((arm, number), []).extend(reader.bits(last[1], text) for text in person.tests)
-            write(out / "scores.json", {f"{arm} {number}": values for (arm, number), values in scores.items()})
+                    found = [reader.bits(last[1], text) for text in person.tests]
+                    scores.setdefault(f"{arm} {number}", []).extend(found)
+            write(file, scores)
     if last is not None:
         check_fit(run, *last)
+    text_table(config, scores)
+
+
+def text_table(config: TextLoop, scores: dict[str, list[float]]) -> None:
+    """The table and the plot; intervals are over people."""
+    nobody = scores[NOBODY]
+    users = [f"new-{place // config.tests}" for place in range(len(nobody))]
     rows: list[dict[str, Any]] = []
-    nobody = scores["nobody", 0]
-    for (arm, number), values in scores.items():
+    for name, values in scores.items():
+        arm, _, number = name.rpartition(" ")
         found, gap = estimate(values, users), paired_difference(values, nobody, users)
         rows.append(
             {
-                "edits": number,
+                "edits": int(number),
                 "arm": arm,
                 **{"bits": found.value, "low": found.low, "high": found.high},
                 "change": {"value": gap.value, "low": gap.low, "high": gap.high},
@@ -457,18 +478,19 @@ def text_loop(config: TextLoop) -> None:
         )
     for arm in TEXT_ARMS[1:]:
         for number in config.rounds:
-            gap = paired_difference(scores["feedback", number], scores[arm, number], users)
+            gap = paired_difference(scores[f"feedback {number}"], scores[f"{arm} {number}"], users)
             row = {"edits": number, "arm": f"feedback - {arm}", "bits": gap.value, "low": gap.low, "high": gap.high}
             rows.append(row)
     rows.sort(key=lambda row: row["edits"])
-    print(f"{len(people)} new people, {config.tests} held-out texts each")
+    print(f"{len(set(users))} new people, {config.tests} held-out texts each")
     print("| edits | whose | bits a token | change from none |\n|--:|---|--:|--:|")
     for row in rows:
         change = row.get("change")
         interval = f"{row['bits']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
         moved = "" if not change or not row["edits"] else "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**change)
         print(f"| {row['edits']} | {row['arm']} | {interval} | {moved} |")
-    report(config, rows, "edits", "bits", "bits a token of held-out own texts", nobody_line(rows), out)
+    base = next(row["bits"] for row in rows if row["arm"] == "nobody")
+    report(config, rows, "edits", "bits", "bits a token of held-out own texts", base, Path(config.out))
 
 
 def check_fit(run: ServedRun, person: Person, personal: Personal) -> None:
@@ -484,10 +506,6 @@ def check_fit(run: ServedRun, person: Person, personal: Personal) -> None:
     print(f"the server's own fit of the last person is {away:.1e} of its length away")
     if theirs.cluster != personal.cluster or away > 1e-2:
         raise SystemExit("the fit that was measured is not the server's")
-
-
-def nobody_line(rows: Sequence[dict[str, Any]]) -> float:
-    return float(next(row["bits"] for row in rows if row["arm"] == "nobody"))
 
 
 def report(config: Any, rows: list[dict[str, Any]], x: str, y: str, label: str, line: float, out: Path) -> None:
