@@ -100,24 +100,30 @@ def ray_head(
     head = Head(f"127.0.0.1:{gcs}", url, clients, folder)
     try:
         for _ in range(ATTEMPTS):
-            if _started(start, environment, head, dashboard):
+            process = _start(start, environment, folder)
+            if _answers(process, head, dashboard):
                 break
             _end_all(environment["RAY_AUTH_TOKEN"])
+            process.wait(60)
         else:
             raise AssertionError(f"no head after {ATTEMPTS} attempts:\n{(folder / 'head.log').read_text()}")
         yield head
     finally:
         _end_all(environment["RAY_AUTH_TOKEN"])
+        process.wait(60)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _started(command: Sequence[str], environment: Mapping[str, str], head: Head, dashboard: bool) -> bool:
-    """Start a head, and whether it answers."""
-    log = head.folder / "head.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, cwd=head.folder, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+def _start(command: Sequence[str], environment: Mapping[str, str], folder: Path) -> subprocess.Popen:
+    with (folder / "head.log").open("wb") as output:
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
+
+
+def _answers(process: subprocess.Popen, head: Head, dashboard: bool) -> bool:
+    """Whether the head has started; waits until it has, or its process has ended."""
+    log = head.folder / "head.log"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if "Ray runtime started" in log.read_text() and (not dashboard or status(head, "/api/version") == 200):
