@@ -256,9 +256,15 @@ def test_work_makes_workers_of_its_type_come_and_go_and_the_head_gets_none() -> 
         kind.pop("docker", None)
     wanted = {name: dict(kind["resources"]) for name, kind in kinds.items() if name != config["head_node_type"]}
     head = kinds.pop(config["head_node_type"])
+    commands = [name for name in config if name.endswith("_commands")]
     fake = {
-        "cluster_name": config["cluster_name"],
-        "max_workers": config["max_workers"],
+        **config,
+        # What the fake provider has no use for, and the autoscaler no defaults.
+        **{
+            name: [] for name in (*commands, "initialization_commands", "worker_setup_commands", "cluster_synced_files")
+        },
+        **{name: {} for name in ("auth", "docker", "file_mounts")},
+        "file_mounts_sync_continuously": False,
         "idle_timeout_minutes": 0.1,
         # The provider knows its head by this name alone.
         "available_node_types": {**kinds, "ray.head.default": {**head, "max_workers": 0}},

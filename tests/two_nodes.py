@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
@@ -45,13 +46,12 @@ def main(folder: Path) -> None:
         nodes = [path.read_text() for path in sorted(Path(config.out).glob("node-*"))]
         found[name] = {"nodes": nodes, **compare(folder / name / "two", folder / name / "alone")}
     print(json.dumps(found))
+    ray.shutdown()
     cluster.shutdown()
 
 
 def placed(worker: Callable[[Any, World], Any], config: Any, world: World) -> None:
     """``worker``, leaving the id of the node where this rank is in the run's folder."""
-    import ray
-
     Path(config.out).mkdir(parents=True, exist_ok=True)
     (Path(config.out) / f"node-{world.rank}").write_text(ray.get_runtime_context().get_node_id())
     worker(config, world)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 CARD = """
     --launcher ray --workers 2 --model tiny --clusters 2 --max-prompt-tokens 200 --max-answer-tokens 12 --rank 2
-    --batch 8 --checkpoint-every 5 --epochs 150 --people-per-shard 3 --top-k 10 --cluster-texts 0 --other-texts 1
+    --batch 8 --checkpoint-every 5 --epochs 60 --people-per-shard 3 --top-k 10 --cluster-texts 0 --other-texts 1
     --width 4 --head-epochs 2 --head-precision 60 --vector-deviation 1
 """
 LPO = """
@@ -120,11 +120,8 @@ def test_a_stopped_job_leaves_nothing_half_and_the_next_goes_on(
     log = run / "training" / "adapters" / "training.jsonl"
     succeed(head, *command, flags=("--no-wait", "--submission-id", "stopped"))
     wait_for(lambda: lines(log) >= 12)
-    stopped = head.run(["ray", "job", "stop", "stopped"])
-    assert stopped.returncode == 0, stopped.stderr
-    assert "was stopped" in head.run(["ray", "job", "status", "stopped"]).stdout
-    before = lines(log)
-    assert before < 300
+    assert status(head, "/api/jobs/stopped/stop", method="POST") == 200  # `ray job stop` takes seconds to start
+    wait_for(lambda: "was stopped" in head.run(["ray", "job", "status", "stopped"]).stdout)
     assert not artifacts.exists(run / "adapters")
     finished = {name: artifacts.open_artifact(run / name).created for name in ("style", "clusters")}
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+# Relative to the largest number of a tensor, and to a step's loss. What differs is the order of sums; AdamW makes of
+# small differences in small gradients larger ones in weights. Measured: weights 5.4e-5, vectors 1.2e-7, losses 2.6e-7.
+TOLERANCES = {"weights": 5e-4, "vectors": 1e-4, "loss": 1e-5}
 PROGRAM = Path(__file__).parents[1] / "two_nodes.py"
 
 
@@ -27,7 +30,10 @@ def test_trainings_on_two_nodes_end_as_in_one_process(tmp_path: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    print(json.dumps(found, indent=1))
-    for name, result in found.items():
-        assert len(result["nodes"]) == len(set(result["nodes"])) == 2, name
     assert found.keys() == {"card", "lpo", "unihetero"}
+    for name, result in found.items():
+        nodes = result.pop("nodes")
+        assert len(nodes) == len(set(nodes)) == 2, name
+        assert result, name
+        for what, difference in result.items():
+            assert difference < TOLERANCES[what], f"{name}: {what} differ by {difference}"
