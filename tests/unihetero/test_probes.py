@@ -5,7 +5,7 @@ import pytest
 
 from palate.corpora.worlds import scenes
 from palate.corpora.worlds.shapes import HUES, SHAPES
-from palate.unihetero.probes import CHANCE, probe, token_of
+from palate.unihetero.probes import CHANCE, _balanced, probe, token_of
 
 TOKENS = 16
 
@@ -48,6 +48,15 @@ def test_noise_is_at_chance(drawn):
     found = probe(random.normal(size=(400, TOKENS, 8)), train, random.normal(size=(200, TOKENS, 8)), test)
     for name, value in found.items():
         assert value == pytest.approx(CHANCE[name], abs=0.1), name
+
+
+def test_labels_that_nobody_has_are_left_out():
+    random = np.random.default_rng(0)
+    train, test = random.standard_normal((200, 3)), random.standard_normal((100, 3))
+    labels = [np.stack([part[:, 0] > 0, np.zeros(len(part), bool)], axis=1) for part in (train, test)]
+    found = _balanced(train, labels[0], test, labels[1])
+    assert found == _balanced(train, labels[0][:, :1], test, labels[1][:, :1]) > 0.9
+    assert np.isnan(_balanced(train, labels[0][:, 1:], test, labels[1][:, 1:]))
 
 
 def test_the_token_over_a_point():

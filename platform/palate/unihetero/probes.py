@@ -115,7 +115,7 @@ def _balanced(train_Nz: Floats, train_NL: Labels, test_Nz: Floats, test_NL: Labe
     """The mean over labels of the mean of the shares of positives and of negatives that are recognised.
 
     One regression for all labels; a label is told where its score is nearer to that of positives than to that of
-    others.
+    others. Labels that all, or none, of the images have in either part are left out; nan where none is left.
     """
     scaler = StandardScaler().fit(train_Nz)
     model = Ridge(alpha=ALPHA).fit(scaler.transform(train_Nz), train_NL.astype(float))
@@ -123,7 +123,9 @@ def _balanced(train_Nz: Floats, train_NL: Labels, test_Nz: Floats, test_NL: Labe
     shares = []
     for label in range(train_NL.shape[1]):
         with_it, truth = train_NL[:, label], test_NL[:, label]
+        if any(values.all() or not values.any() for values in (with_it, truth)):
+            continue  # nothing to tell apart
         middle = (scores_NL[with_it, label].mean() + scores_NL[~with_it, label].mean()) / 2
         told = told_NL[:, label] > middle
         shares.append((told[truth].mean() + 1 - told[~truth].mean()) / 2)
-    return float(np.mean(shares))
+    return float(np.mean(shares)) if shares else float("nan")
