@@ -119,7 +119,9 @@ def _balanced(train_Nz: Floats, train_NL: Labels, test_Nz: Floats, test_NL: Labe
     """
     scaler = StandardScaler().fit(train_Nz)
     model = Ridge(alpha=ALPHA).fit(scaler.transform(train_Nz), train_NL.astype(float))
-    scores_NL, told_NL = (model.predict(scaler.transform(values)) for values in (train_Nz, test_Nz))
+    scores_NL, told_NL = (
+        model.predict(scaler.transform(values)).reshape(len(values), -1) for values in (train_Nz, test_Nz)
+    )
     shares = []
     for label in range(train_NL.shape[1]):
         with_it, truth = train_NL[:, label], test_NL[:, label]
