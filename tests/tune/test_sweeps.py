@@ -1,0 +1,120 @@
+"""The sweeps as commands, on tiny models: what they write is what the jobs take."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from palate import artifacts
+from palate.card.stages import ADAPTERS
+from palate.corpora.worlds import personas
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.slow
+
+
+def call(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": f"{ROOT / 'platform'}{os.pathsep}{ROOT}",
+    }
+    command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("sweeps")
+    personas.prepare(personas.PersonasConfig(out=f"{root}/corpus", people=16, items=6, questions=1))
+    return root
+
+
+@pytest.fixture(scope="module")
+def clusters(folder) -> str:
+    """What the sweep of clusters printed; its artifacts are in ``sweep``."""
+    flags = [
+        "--corpus",
+        "corpus",
+        "--model",
+        "tiny",
+        "--try-clusters",
+        "1",
+        "2",
+        "--epochs",
+        "2",
+        "--compare-at",
+        "1",
+        "--max-answer-tokens",
+        "8",
+    ]
+    done = call("tune/clusters.py", *flags, "--concurrent", "1", "--out", "sweep", folder=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_clusters_are_compared_and_the_job_takes_the_best_unchanged(folder, clusters):
+    assert "watch: tensorboard --logdir sweep" in clusters
+    assert "<- chosen" in clusters
+    report = json.loads((folder / "sweep/report/report.json").read_text())
+    reached = {(point["values"]["clusters"], point["budget"]) for point in report["points"]}
+    assert reached >= {(1, 1), (2, 1)}
+    assert {epochs for _, epochs in reached} == {1, 2}
+    for point in report["points"]:
+        assert point["metric"]["low"] < point["metric"]["value"] < point["metric"]["high"]
+    assert list((folder / "sweep").glob("tune-*/*/events.out.tfevents.*"))
+    best = json.loads((folder / "sweep/best.json").read_text())
+    assert best["cluster"]["clusters"] == report["best"]["clusters"]
+    before = artifacts.open_artifact(f"{folder}/{best['out']}/adapters", ADAPTERS).digest
+    again = call("jobs/card.py", "--config", "sweep/best.json", folder=folder)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert artifacts.open_artifact(f"{folder}/{best['out']}/adapters", ADAPTERS).digest == before
+    anew = call("jobs/card.py", "--config", "sweep/best.json", "--out", "anew", folder=folder)
+    assert anew.returncode == 0, anew.stderr[-3000:]
+    made = artifacts.open_artifact(f"{folder}/anew/adapters", ADAPTERS)
+    assert (
+        made.local("cluster-000/adapter_model.safetensors").read_bytes()
+        == (folder / best["out"] / "adapters/cluster-000/adapter_model.safetensors").read_bytes()
+    )
+
+
+def test_decoding_is_swept_without_training_again(folder, clusters):
+    run = json.loads((folder / "sweep/best.json").read_text())["out"]
+    flags = (
+        f"decoding --run {run} --corpus corpus --try-betas 0 1 --try-top-k 5 50 --concurrent 1 --out decoding".split()
+    )
+    before = {path: path.stat().st_mtime_ns for path in (folder / run).rglob("*") if path.is_file()}
+    done = call("tune/betas.py", *flags, folder=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in (folder / run).rglob("*") if path.is_file()} == before
+    points = json.loads((folder / "decoding/report/report.json").read_text())["points"]
+    bits = {(point["values"]["beta"], point["values"]["top_k"]): point["metric"]["value"] for point in points}
+    assert bits[0, 5] == bits[0, 50]  # the cluster's model, whatever the number of candidates
+    assert len({bits[0, 5], bits[1, 5], bits[1, 50]}) == 3
+    assert len(list((folder / "decoding/evaluation/likelihoods").iterdir())) == 1
+    best = json.loads((folder / "decoding/best.json").read_text())
+    assert best["users"] == "test"
+    assert (best["decoding_beta"], best["decoding_top_k"]) == min(bits, key=bits.get)
+
+
+def test_what_cannot_be_swept_is_said_before_ray_starts(folder, clusters):
+    run = json.loads((folder / "sweep/best.json").read_text())["out"]
+    wrong = call(
+        *f"tune/betas.py decoding --run {run} --corpus corpus --choose-by taste --out x".split(), folder=folder
+    )
+    assert wrong.returncode == 1
+    assert wrong.stderr.strip().splitlines()[-1].startswith("betas: --choose-by taste: there are ['bits per token'")
+    wrong = call(
+        "tune/clusters.py", *["--corpus", "corpus", "--model", "tiny", "--fresh", "--out", "sweep"], folder=folder
+    )
+    assert "clusters: --fresh would discard trials" in wrong.stderr
+    wrong = call("tune/betas.py", *["lpo", "--lists", "none", "--out", "y"], folder=folder)
+    assert wrong.stderr.strip().splitlines()[-1].startswith("betas: no finished artifact")
