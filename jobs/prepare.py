@@ -13,6 +13,7 @@ from palate.corpora.preparation import PrepareConfig, Recipe, Runner, prepare, r
 from palate.corpora.streams import CorpusError
 from palate.corpora.worlds import personas, scenes, shapes
 from palate.lpo import preparation as rankings
+from palate.users import preparation as feedback
 
 Command = (
     Annotated[lamp.LampConfig, subcommand("lamp")]
@@ -20,6 +21,7 @@ Command = (
     | Annotated[jsonl.JsonlConfig, subcommand("jsonl")]
     | Annotated[git.GitConfig, subcommand("git")]
     | Annotated[rankings.RankingsConfig, subcommand("rankings")]
+    | Annotated[feedback.FeedbackConfig, subcommand("feedback")]
     | Annotated[captions.CaptionsConfig, subcommand("captions")]
     | Annotated[personas.PersonasConfig, subcommand("personas")]
     | Annotated[shapes.ShapesConfig, subcommand("shapes")]
@@ -33,6 +35,10 @@ def from_records(recipe: Callable[[Any], Recipe], config: PrepareConfig) -> Arti
 
 def from_rankings(config: rankings.RankingsConfig) -> Artifact:
     return rankings.prepare(config, runner_for(config))
+
+
+def from_feedback(config: feedback.FeedbackConfig) -> Artifact:
+    return feedback.prepare(config, runner_for(config))
 
 
 def from_captions(config: captions.CaptionsConfig) -> Artifact:
@@ -52,6 +58,7 @@ MAKE: dict[type, Callable[[Any], Artifact]] = {
     jsonl.JsonlConfig: partial(from_records, jsonl.recipe),
     git.GitConfig: partial(from_records, git.recipe),
     rankings.RankingsConfig: from_rankings,
+    feedback.FeedbackConfig: from_feedback,
     captions.CaptionsConfig: from_captions,
     personas.PersonasConfig: personas.prepare,
     shapes.ShapesConfig: shapes.prepare,

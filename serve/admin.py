@@ -15,6 +15,7 @@ from palate.artifacts import ArtifactError
 from palate.card.runs import open_run
 from palate.serving.service import default_name
 from palate.users import keys, runs
+from palate.users.images import RankedImages
 from palate.users.store import Store, open_store
 
 
@@ -90,6 +91,14 @@ class Compact(_Command):
     """Rewrite the database without what was deleted: SQLite may keep copies of rows that it moved. For quiet hours."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImagesRemove(_Command):
+    """Remove images whose rankings were deleted, where no image server runs that does so by itself."""
+
+    images: str
+    """What the image server's setting `feedback` names: a folder or URL."""
+
+
 Command = (
     Annotated[KeyCreate, subcommand("key-create")]
     | Annotated[KeyList, subcommand("key-list")]
@@ -100,6 +109,7 @@ Command = (
     | Annotated[RunList, subcommand("run-list")]
     | Annotated[RunRemove, subcommand("run-remove")]
     | Annotated[Compact, subcommand("compact")]
+    | Annotated[ImagesRemove, subcommand("images-remove")]
 )
 
 
@@ -147,6 +157,11 @@ def compact(store: Store, command: Compact) -> None:
     store.compact()
 
 
+def images_remove(store: Store, command: ImagesRemove) -> None:
+    while store.remove_images(RankedImages(command.images).remove):
+        pass
+
+
 def _show(run: runs.Run) -> None:
     print("  ".join(f"{name}={value}" for name, value in asdict(run).items() if value is not None))
 
@@ -161,6 +176,7 @@ DO: dict[type, Callable[[Store, Any], None]] = {
     RunList: run_list,
     RunRemove: run_remove,
     Compact: compact,
+    ImagesRemove: images_remove,
 }
 
 

@@ -12,6 +12,7 @@ from palate import artifacts
 from palate.corpora import git, jsonl, lamp, longlamp, schema
 from palate.corpora.worlds import personas, shapes
 from palate.lpo.preparation import RankingsConfig
+from palate.users.preparation import FeedbackConfig
 
 JOB = Path(__file__).parents[2] / "jobs" / "prepare.py"
 COMMANDS = {
@@ -22,6 +23,7 @@ COMMANDS = {
     "personas": personas.PersonasConfig,
     "shapes": shapes.ShapesConfig,
     "rankings": RankingsConfig,
+    "feedback": FeedbackConfig,
 }
 
 

@@ -21,7 +21,7 @@ from palate.serving.http import PERSONALIZATION
 from palate.serving.served_run import ServedRun, Written, chat_prompt, fit_person, load_run, prepare_fit
 from palate.users import runs
 from palate.users.keys import create_key
-from palate.users.records import PastText
+from palate.users.records import PastText, Ranking
 from palate.users.store import open_store
 from toy_serving import serving, settings
 
@@ -177,6 +177,22 @@ def test_one_person_who_cannot_be_fitted_holds_up_nobody(run_url, second_run_url
         service.register(second_run_url)
         runs.start_refit(service.store, second_run_url.rpartition("/")[2])
         until(lambda: service.live == second_run_url.rpartition("/")[2])
+
+
+def test_somebody_who_only_ranked_images_is_answered_like_the_population(run_url, tmp_path, caplog):
+    with serving(settings(tmp_path, require_keys=False), run_url) as (url, service):
+        http = client(url)
+        ranking = Ranking("ann", "one", "a red circle", ("a" * 64, "b" * 64))
+        service.store.add_ranking("default", ranking, lambda: None)
+        until(lambda: http.get("/v1/users/ann").json()["status"] == "population")
+        assert http.get("/v1/users/ann").json()["texts"] == 0
+        assert ask(http, "ann").headers[PERSONALIZATION] == "population"
+        assert http.get("/v1/users/ann/export").json()["rankings"][0]["id"] == "one"
+        http.post("/v1/feedback", json={"user": "ann", "prompt": "p", "edited": "hello"}, params={"wait": True})
+        assert ask(http, "ann").headers[PERSONALIZATION] == "personal"
+        assert http.delete("/v1/users/ann").status_code == 200
+        assert service.store.rankings("default") == []
+    assert "cannot be fitted" not in caplog.text
 
 
 def test_a_name_that_is_given_to_another_run_serves_that_run(run_url, second_run_url, tmp_path):

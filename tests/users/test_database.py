@@ -22,14 +22,14 @@ from palate.users import database, schema
 from palate.users.database import VERSION_TABLE, Database, NewerDatabase, connect
 from palate.users.store import PastText, open_store
 
-SECOND = '''
+LATER = '''
 """A version that this Palate does not have."""
 
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "0003"
+down_revision = "0002"
 
 
 def upgrade() -> None:
@@ -48,10 +48,10 @@ def migrate_to(url: str, revision: str) -> None:
     old.close()
 
 
-def scripts_with_a_second_version(folder: Path) -> Path:
+def scripts_with_a_later_version(folder: Path) -> Path:
     copy = folder / "migrations of the future 100%"
     shutil.copytree(database.SCRIPTS, copy)
-    (copy / "versions" / "0002_second.py").write_text(SECOND)
+    (copy / "versions" / "0003_later.py").write_text(LATER)
     return copy
 
 
@@ -105,29 +105,29 @@ def test_a_database_of_the_first_version_is_upgraded_with_its_content(empty_url)
 def test_the_next_version_upgrades_and_this_one_then_refuses(empty_url, tmp_path, monkeypatch):
     with open_store(empty_url) as store:
         store.put_history("acme", "ann", [PastText("a", "b")])
-        assert revision_of(store) == "0001"
+        assert revision_of(store) == "0002"
     with monkeypatch.context() as later:
-        later.setattr(database, "SCRIPTS", scripts_with_a_second_version(tmp_path))
+        later.setattr(database, "SCRIPTS", scripts_with_a_later_version(tmp_path))
         with open_store(empty_url) as store:
-            assert revision_of(store) == "0002"
+            assert revision_of(store) == "0003"
             assert store.person("acme", "ann").texts == (PastText("a", "b"),)
             with store.read() as connection:
                 assert connection.execute(text("SELECT nickname FROM people")).scalar_one() == "none"
-    with pytest.raises(NewerDatabase, match=r"has schema 0002, this Palate knows none after 0001.*newer Palate"):
+    with pytest.raises(NewerDatabase, match=r"has schema 0003, this Palate knows none after 0002.*newer Palate"):
         open_store(empty_url)
 
 
 def test_a_migration_that_fails_leaves_the_database_as_it_was(empty_url, tmp_path, monkeypatch):
     open_store(empty_url).close()
-    scripts = scripts_with_a_second_version(tmp_path)
-    with (scripts / "versions" / "0002_second.py").open("a") as file:
+    scripts = scripts_with_a_later_version(tmp_path)
+    with (scripts / "versions" / "0003_later.py").open("a") as file:
         file.write("    op.execute('INSERT INTO nowhere VALUES (1)')\n")
     with monkeypatch.context() as later:
         later.setattr(database, "SCRIPTS", scripts)
         with pytest.raises(Exception, match="nowhere"):
             open_store(empty_url)
     with open_store(empty_url) as store:
-        assert revision_of(store) == "0001"
+        assert revision_of(store) == "0002"
         assert "nickname" not in {column["name"] for column in inspect(store.engine).get_columns("people")}
 
 

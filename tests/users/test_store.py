@@ -624,11 +624,12 @@ def test_an_import_ends_leases_and_a_fit_of_before_it_is_not_saved(store):
 
 def test_the_document_of_an_import_says_its_bounds():
     schema = ExportedPerson.model_json_schema()
-    lists = {name: schema["properties"][name] for name in ("texts", "feedback", "vectors")}
+    lists = {name: schema["properties"][name] for name in ("texts", "feedback", "vectors", "rankings")}
     assert {name: one["maxItems"] for name, one in lists.items()} == {
         "texts": 10_000,
         "feedback": 10_000,
         "vectors": 16,
+        "rankings": 10_000,
     }
     assert lists["texts"]["minItems"] == 1
     found = {}
@@ -644,7 +645,7 @@ def test_the_document_of_an_import_says_its_bounds():
     text, written, id = (0, 100_000), (1, 100_000), (1, 128)
     assert found == {
         "input": text, "output": written, "date": (0, 40), "prompt": text, "answer": text, "edited": written,
-        "user_id": id, "head": id, "vector": (8, 43_692),
+        "user_id": id, "head": id, "vector": (8, 43_692), "id": id, "model": id,
     }  # fmt: skip
 
 

@@ -63,13 +63,9 @@ _SPLITS = pa.schema([pa.field("caption", pa.uint64()), pa.field("split", pa.int8
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankingsConfig(PrepareConfig):
-    """People's comparisons, ratings or rankings of images, made into ranked lists."""
+class ListsConfig(PrepareConfig):
+    """How comparisons become lists, wherever they come from."""
 
-    input: tuple[str, ...] = scale()
-    """Files, patterns such as 'pickapic/*.parquet', or folders."""
-    format: FormatName | Literal["auto"] = "auto"
-    """auto tells it from the fields of the first record."""
     group_by: Literal["caption", "caption-user"] = "caption"
     """Whose votes are one graph: all people's on a caption, or each person's."""
     kind: Literal["auto", "full", "topk", "dominance"] = "auto"
@@ -80,8 +76,6 @@ class RankingsConfig(PrepareConfig):
     """Images that drew: only in the table of ties, or also a tie group in lists. auto: by format."""
     max_length: int = 8
     """Images of a list."""
-    margin: float = 0.0
-    """Scores that differ by at most this are a tie."""
     validation: float = 0.05
     """Share of components (captions and images that hang together) in the validation split."""
     test: float = 0.05
@@ -93,6 +87,18 @@ class RankingsConfig(PrepareConfig):
     split_seed: int = 0
     max_component: float = 0.5
     """Stop when captions that hang together hold a larger share of all annotations: no split would be left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingsConfig(ListsConfig):
+    """People's comparisons, ratings or rankings of images, made into ranked lists."""
+
+    input: tuple[str, ...] = scale()
+    """Files, patterns such as 'pickapic/*.parquet', or folders."""
+    format: FormatName | Literal["auto"] = "auto"
+    """auto tells it from the fields of the first record."""
+    margin: float = 0.0
+    """Scores that differ by at most this are a tie."""
     images: pictures.Mode = "reference"
     """Files of images stay where they are, are copied into the result, or are not looked at, nor images in records."""
     image_root: str = ""

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -40,6 +41,7 @@ from palate.serving.image_schemas import (
     EditRequest,
     FormError,
     GenerationRequest,
+    RankingRequest,
     fitted_size,
     one_image,
     read_form,
@@ -49,8 +51,12 @@ from palate.serving.image_service import HostedImages, ImageService
 from palate.serving.images import Drawing, Drawn, Event, ImageRequest, Progress, Refused, ReviewFailed
 from palate.serving.metrics import SECONDS, RequestMetrics
 from palate.serving.schemas import MAX_SEED
+from palate.serving.sent_images import read_encoded
 from palate.serving.unified import UnifiedImages
 from palate.serving.worker import EngineFailed, Overloaded
+from palate.users.images import png_of
+from palate.users.records import Ranking
+from palate.users.store import OtherRanking
 
 Body = GenerationRequest | EditRequest
 
@@ -153,6 +159,61 @@ async def edits(request: Request, by: By) -> Response:
     size = _size(request, hosted, body.wanted or fitted)
     source = await asyncio.to_thread(ImageOps.fit, source, size)
     return await _answer(request, by, _Asked("image_edit", hosted, body, size, source))
+
+
+@routes.post(
+    "/v1/feedback",
+    status_code=201,
+    responses={
+        **ERRORS,
+        409: {"description": "The id is another ranking's."},
+        501: {"description": "This server takes no rankings."},
+    },
+)
+async def feedback(body: RankingRequest, request: Request, by: By) -> dict[str, Any]:
+    """Images in the order in which a person likes them: what the next model is tuned on."""
+    service = _service(request)
+    if service.ranked is None:
+        raise ApiError(
+            501,
+            "this server takes no rankings: set 'feedback' to a folder or URL for their images",
+            code="not_configured",
+        )
+    user = require_user(body.user, "user")
+    name = require_user(body.id, "id") if body.id is not None else f"ranking-{uuid4().hex}"
+    if body.model is not None:
+        _hosted(service, body.model, by)
+    release = take_places(request, by, 1)  # its images are in memory
+    try:
+        files = await asyncio.to_thread(_ranked_files, service, body)
+        ranking = Ranking(user, name, body.prompt, tuple(files), body.model)
+        await asyncio.to_thread(service.rank, by.tenant, ranking, files)
+    except OtherRanking as error:
+        raise ApiError(409, str(error), param="id", code="id_in_use") from error
+    except ValueError as error:  # what the body's checks let through, such as a person with too many
+        raise ApiError(400, str(error)) from error
+    finally:
+        release()
+    return {"object": "feedback.ranking", "id": name, "images": len(files)}
+
+
+@routes.delete("/v1/users/{user_id}", responses=ERRORS)
+async def delete_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
+    """Remove a person: rankings, images that only they ranked, and what the text server keeps of them."""
+    user = require_user(user_id)
+    if not await asyncio.to_thread(_service(request).delete_person, by.tenant, user):
+        raise _no_person(user)
+    return {"id": user, "object": "user.deleted", "deleted": True}
+
+
+@routes.get("/v1/users/{user_id}/export", responses=ERRORS)
+async def export_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
+    """All that is kept about a person; images by their digests."""
+    user = require_user(user_id)
+    exported = await asyncio.to_thread(_service(request).store.export, by.tenant, user)
+    if exported is None:
+        raise _no_person(user)
+    return exported
 
 
 @routes.get("/v1/models", responses=ERRORS)
@@ -322,6 +383,37 @@ def _error(request: Request, error: Exception) -> Exception:
         case Overloaded() | EngineFailed() | NotFinite() | ClientGone() | ValueError():
             return translated(error)
     return error
+
+
+def _ranked_files(service: ImageService, body: RankingRequest) -> dict[str, bytes]:
+    """PNG files of a ranking's images by digest, best first; one image at a time is in memory unpacked.
+
+    Raises:
+        ApiError: naming an image that is none, too large, or there twice.
+    """
+    settings = service.settings
+    files: dict[str, bytes] = {}
+    for place, sent_image in enumerate(body.images):
+        where = f"images.{place}.b64_json"
+        try:
+            image = read_encoded(sent_image.b64_json, settings.max_body_bytes, settings.max_pixels)
+        except ValueError as error:
+            raise ApiError(400, f"{where}: {error}", param=where, code="invalid_image") from error
+        digest, file = png_of(image)
+        if digest in files:
+            first = list(files).index(digest)
+            raise ApiError(
+                400,
+                f"images.{place} shows the same as images.{first}: each image has one place in a ranking",
+                param=f"images.{place}",
+                code="invalid_image",
+            )
+        files[digest] = file
+    return files
+
+
+def _no_person(user_id: str) -> ApiError:
+    return ApiError(404, f"there is no person {user_id!r}", param="user_id", code="user_not_found")
 
 
 def _hosted(service: ImageService, name: str | None, by: Caller) -> HostedImages:

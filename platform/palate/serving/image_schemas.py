@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 from palate.corpora.pictures import as_seen
 from palate.serving.schemas import MAX_SEED, Number, Text
+from palate.users.records import MOST_RANKED
 
 MOST_HEADER_BYTES = 2048  # of a part of a form
 MOST_PARTS = 64  # of a form
@@ -94,6 +95,26 @@ class EditRequest(_ImageBody):
                 for name, value in fields.items()
             }
         )
+
+
+class RankedImage(BaseModel):
+    """One image of a ranking, as answers hold it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    b64_json: Annotated[StrictStr, Field(min_length=1)]
+
+
+class RankingRequest(BaseModel):
+    """``POST /v1/feedback``: images in the order in which a person likes them, best first."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    user: StrictStr
+    prompt: Annotated[Text, Field(min_length=1, max_length=32_000, pattern=r"\S")]
+    images: Annotated[list[RankedImage], Field(min_length=2, max_length=MOST_RANKED)]
+    model: StrictStr | None = None
+    id: StrictStr | None = None
 
 
 class FormError(ValueError):

@@ -30,6 +30,8 @@ from palate.models.diffusion import LoadedDiffusion, load_diffusion
 from palate.serving.images import ImageModel, ImageWorker, Model, Review
 from palate.serving.unified import load_images
 from palate.users.checks import require_id
+from palate.users.images import RankedImages
+from palate.users.records import Ranking
 from palate.users.store import Store, open_store
 
 GRACE_SECONDS = 10.0  # how long a model that was taken away is kept for requests that have just asked for it
@@ -94,7 +96,9 @@ class ImageSettings(BaseModel):
     """``package.module:function``, called on each image (PIL) before it is returned; None lets it through, a text is
     the reason why it is refused."""
     database: str = "sqlite:///palate.db"
-    """URL of the user store that holds the keys: a SQLite file, or PostgreSQL."""
+    """URL of the user store that holds keys and rankings: a SQLite file, or PostgreSQL."""
+    feedback: str | None = None
+    """Folder or URL for the images that people rank; without it no ranking is taken."""
     device: str = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
     threads: int | None = Field(None, ge=1)
@@ -149,6 +153,7 @@ class ImageService:
         self.settings = settings
         review = load_hook(settings.safety) if settings.safety else None
         self.store = store or open_store(settings.database)
+        self.ranked = RankedImages(settings.feedback) if settings.feedback else None
         self.worker = ImageWorker(max_batch=settings.max_batch, max_waiting=settings.max_waiting, review=review)
         self.hosted: dict[str, HostedImages] = {}
         self.failed: dict[str, float] = {}  # models that could not be loaded, and when to try again
@@ -205,6 +210,33 @@ class ImageService:
             self._host(name, source)
             self._added[name] = source
             return self.hosted[name]
+
+    def rank(self, tenant: str, ranking: Ranking, files: Mapping[str, bytes]) -> Ranking:
+        """Store a ranking and the files of its images, by digest.
+
+        Raises:
+            ValueError: as ``Store.add_ranking``; or this server keeps no images.
+        """
+        if self.ranked is None:
+            raise ValueError("this server takes no rankings: its setting 'feedback' names no folder")
+        keep = partial(self.ranked.keep, tenant, files)
+        self.store.announce_images(tenant, list(files))
+        keep()  # the long part, while others may write; images that were removed meanwhile are put back below
+        return self.store.add_ranking(tenant, ranking, keep)
+
+    def delete_person(self, tenant: str, user_id: str) -> bool:
+        """Delete all that is kept of a person, and images that only they ranked; False if there is nobody.
+
+        Files that cannot be removed now are tried again in the background.
+        """
+        found = self.store.delete(tenant, user_id)
+        self._try_to_remove_images()
+        return found
+
+    def remove_images(self) -> None:
+        """Remove the images whose rankings were deleted, here or by a text server."""
+        while self.ranked is not None and self.store.remove_images(self.ranked.remove):
+            pass
 
     def tend(self) -> None:
         """Load what is named and not there yet, let go of what is no longer named."""
@@ -315,6 +347,13 @@ class ImageService:
                 self.tend()
             except Exception as error:
                 log.exception("looking after the models failed, and is tried again: %s", error)
+            self._try_to_remove_images()
+
+    def _try_to_remove_images(self) -> None:
+        try:
+            self.remove_images()
+        except Exception as error:  # the database or the images may be away for a while
+            log.exception("removing images of deleted rankings failed, and is tried again: %s", error)
 
 
 def _attach(loaded: LoadedDiffusion, run: Artifact, adapter: str) -> None:

@@ -1,4 +1,4 @@
-"""Images that come inside a request, as data URLs: their bytes and pixels are bounded before they are in memory."""
+"""Images that come inside a request, in base64: their bytes and pixels are bounded before they are in memory."""
 
 import base64
 import binascii
@@ -24,11 +24,20 @@ def read_image(url: str, most_bytes: int, most_pixels: int) -> Image.Image:
             f"only data URLs of a PNG, JPEG or WebP are read ('data:image/png;base64,...'), found {url[:40]!r}: this "
             "server fetches nothing that a request names"
         )
-    encoded = len(url) - head.end()
+    return read_encoded(url[head.end() :], most_bytes, most_pixels)
+
+
+def read_encoded(text: str, most_bytes: int, most_pixels: int) -> Image.Image:
+    """The image of a PNG, JPEG or WebP in base64, as people see it, in RGB.
+
+    Raises:
+        ValueError: it is too large, damaged, or none.
+    """
+    encoded = len(text)
     if encoded * 3 // 4 > most_bytes + 2:
         raise ValueError(f"the image has about {encoded * 3 // 4} bytes: at most {most_bytes} are read")
     try:
-        content = base64.b64decode(url[head.end() :], validate=True)
+        content = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"the image is no valid base64: {error}") from error
     try:

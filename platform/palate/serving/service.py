@@ -362,6 +362,9 @@ class Service:
         """Fit one person whom this replica has claimed. Somebody whose texts cannot be fitted gets the population's
         vector, so that nobody waits for them; it says that it is fitted to no text."""
         run, texts = hosted.run, len(person.texts)
+        if not texts:  # of whom only rankings of images are known
+            self._save(run, person, run.population, 0)
+            return
         try:
             prepared = prepare_fit(run, written(person))
             personal = hosted.worker.run_beside(fit_person(run, prepared)).result()
@@ -371,6 +374,9 @@ class Service:
         except Exception as error:
             log.error("the texts of one person cannot be fitted: %s", type(error).__name__)
             personal, texts = run.population, 0
+        self._save(run, person, personal, texts)
+
+    def _save(self, run: ServedRun, person: Person, personal: Personal, texts: int) -> None:
         vector_J = personal.vector_J.float().numpy()
         fitted = Fitted(run.version, person.version, personal.cluster, vector_J, texts)
         self.store.save_fitted(person.tenant, person.user_id, fitted)

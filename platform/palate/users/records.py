@@ -1,7 +1,7 @@
 """What the store holds about people, as values."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -68,6 +68,27 @@ class Feedback:
     created: datetime
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """Images in the order in which a person likes them, best first, by their digests (``palate.users.images``).
+
+    ``id`` is unique in the tenant; ``number`` counts all rankings of a database, 0 before it is stored.
+    """
+
+    user_id: str
+    id: str
+    prompt: str
+    images: tuple[str, ...]
+    model: str | None = None
+    created: datetime = datetime(1970, 1, 1, tzinfo=UTC)
+    number: int = 0
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """What a person said, whenever it was stored."""
+        return self.user_id, self.id, self.prompt, self.images, self.model
+
+
 def require_past_text(one: PastText, what: str) -> None:
     """Raises ValueError unless each field of a text can be stored, naming it."""
     require_text(one.input, f"{what}.input")
@@ -126,6 +147,7 @@ def _one_a_head(values: list["_Vector"]) -> list["_Vector"]:
 
 LONGEST = 100_000  # characters of a text
 MOST_NUMBERS = 8192  # in a vector
+MOST_RANKED = 8  # images of a ranking
 # The patterns say in the OpenAPI document what the validators check with a better message.
 _STORABLE = {"pattern": r"^[^\u0000]*$"}
 _Any = Annotated[str, Field(max_length=LONGEST, json_schema_extra=_STORABLE), AfterValidator(_storable)]
@@ -146,6 +168,7 @@ _ID = Annotated[
 ]
 _Version = Annotated[int, Field(ge=1, le=2**53)]
 _Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _Floats = Annotated[
     str,
     Field(
@@ -175,6 +198,14 @@ class _Feedback(_Values):
     created: _Time
 
 
+class _Ranking(_Values):
+    id: _ID
+    prompt: _Any
+    model: _ID | None
+    created: _Time
+    images: Annotated[list[_Digest], Field(min_length=2, max_length=MOST_RANKED)]
+
+
 class _Vector(_Values):
     head: _ID
     version: _Version
@@ -194,9 +225,12 @@ class ExportedPerson(_Values):
     texts: Annotated[list[_Text], Field(min_length=1, max_length=MOST_TEXTS)]
     feedback: Annotated[list[_Feedback], Field(max_length=MOST_TEXTS)]
     vectors: Annotated[list[_Vector], Field(max_length=16), AfterValidator(_one_a_head)]
+    rankings: Annotated[list[_Ranking], Field(max_length=MOST_TEXTS)] = []
 
 
-def to_json(person: Person, feedback: list[Feedback], fits: list[Fitted]) -> dict[str, Any]:
+def to_json(
+    person: Person, feedback: list[Feedback], fits: list[Fitted], rankings: Sequence[Ranking] = ()
+) -> dict[str, Any]:
     """A person with all that belongs to them as JSON values. The tenant is left out: ``from_json`` is told it."""
     return {
         "format": 1,
@@ -219,13 +253,24 @@ def to_json(person: Person, feedback: list[Feedback], fits: list[Fitted]) -> dic
             }
             for one in fits
         ],
+        "rankings": [
+            {
+                "id": one.id,
+                "prompt": one.prompt,
+                "model": one.model,
+                "created": one.created.isoformat(),
+                "images": list(one.images),
+            }
+            for one in rankings
+        ],
     }
 
 
 def from_json(tenant: str, values: ExportedPerson | Mapping[str, Any]) -> tuple[Person, list[Feedback]]:
     """The person and the feedback of an export; the feedback has no ids of its own yet (0).
 
-    Its vectors are left out: they may belong to another head, or to nobody, and are fitted anew soon.
+    Its vectors are left out: they may belong to another head, or to nobody, and are fitted anew soon. So are its
+    rankings, whose images are not in it.
 
     Raises:
         ValueError: something is not as ``to_json`` writes it, by name.

@@ -113,6 +113,36 @@ feedback = Table(
     Column("created", Moment, nullable=False),
     sqlite_autoincrement=True,
 )
+# People's rankings of images. The tenant is the person's, once more, so that an id is used once in a tenant.
+rankings = Table(
+    "rankings",
+    metadata,
+    Column("id", NUMBER, primary_key=True),
+    Column("person_id", NUMBER, ForeignKey("people.id", ondelete="CASCADE"), nullable=False, index=True),
+    Column("tenant", ID, nullable=False),
+    Column("name", ID, nullable=False),  # the id that clients know
+    Column("prompt", Text, nullable=False),
+    Column("model", ID),
+    Column("created", Moment, nullable=False),
+    Index("ix_rankings_tenant_name", "tenant", "name", unique=True),
+    sqlite_autoincrement=True,
+)
+ranked_images = Table(
+    "ranked_images",
+    metadata,
+    Column("ranking_id", NUMBER, ForeignKey("rankings.id", ondelete="CASCADE"), primary_key=True),
+    Column("position", Integer, primary_key=True, autoincrement=False),  # 0 is the best
+    Column("digest", String(64), nullable=False, index=True),
+)
+# Images that no ranking may name: of deleted rankings, and of some that are just being stored. Their files are removed
+# by whoever knows where they are, unless a ranking names them by then.
+dropped_images = Table(
+    "dropped_images",
+    metadata,
+    Column("tenant", ID, primary_key=True),
+    Column("digest", String(64), primary_key=True),
+    Column("due", Double, nullable=False),  # seconds since 1970 by the database's clock
+)
 keys = Table(
     "keys",
     metadata,

@@ -6,8 +6,8 @@ one person, so replicas may cache by it. Every method is one transaction (``clai
 called from any thread, and waits for the database: an event loop calls it through a thread.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,12 +22,29 @@ from palate.users.records import (
     Fitted,
     PastText,
     Person,
+    Ranking,
     from_json,
     require_past_text,
     require_vector,
     to_json,
 )
-from palate.users.schema import feedback, leases, people, tenants, texts, vectors
+from palate.users.schema import (
+    dropped_images,
+    feedback,
+    leases,
+    people,
+    ranked_images,
+    rankings,
+    tenants,
+    texts,
+    vectors,
+)
+
+ANNOUNCED_SECONDS = 3600.0  # longest that images are written before their ranking is stored
+
+
+class OtherRanking(ValueError):
+    """The tenant has a ranking of this id that says something else."""
 
 
 def open_store(url: str) -> "Store":
@@ -101,6 +118,84 @@ class Store(Database):
             _insert_texts(connection, row.id, [PastText(prompt, edited)], start=0 if last is None else last + 1)
             return self._changed(connection, row)
 
+    def announce_images(self, tenant: str, digests: Sequence[str]) -> None:
+        """Say that images are about to be written for a ranking. If that is not stored, ``remove_images`` removes them
+        once ``ANNOUNCED_SECONDS`` have passed."""
+        require_id(tenant, "tenant")
+        with self.write() as connection:
+            self._lock_images(connection, tenant)
+            due = self.now() + ANNOUNCED_SECONDS
+            same = and_(dropped_images.c.tenant == tenant, dropped_images.c.digest.in_(digests))
+            connection.execute(update(dropped_images).where(same).values(due=due))
+            for digest in digests:
+                connection.execute(self.insert_new(dropped_images).values(tenant=tenant, digest=digest, due=due))
+
+    def add_ranking(self, tenant: str, ranking: Ranking, keep: Callable[[], None]) -> Ranking:
+        """Store a ranking; the person is created if new. One that is there already, by id and content, stays as it is.
+
+        ``keep`` puts the images where they are not yet. It is called before the row is written, and while it runs no
+        image of the tenant is removed: a ranking in the database never names an image that is not there.
+
+        Raises:
+            OtherRanking: the id is another ranking's.
+            ValueError: an id or a text that cannot be stored, by name; or a person who has as many as are kept.
+        """
+        require_id(ranking.id, "id")
+        require_text(ranking.prompt, "prompt")
+        with self.write() as connection:
+            row = self._locked_or_new(connection, tenant, ranking.user_id)
+            self._lock_images(connection, tenant)
+            query = _rankings().where(rankings.c.tenant == tenant, rankings.c.name == ranking.id)
+            if found := _read_rankings(connection, query):
+                if found[0].content == ranking.content:
+                    return found[0]
+                raise OtherRanking(f"{ranking.id!r} is the id of another ranking: give a new one, or the same content")
+            count = select(func.count()).where(rankings.c.person_id == row.id)
+            if connection.execute(count).scalar_one() >= MOST_TEXTS:
+                raise ValueError(f"{ranking.user_id} has {MOST_TEXTS} rankings, the most that are kept of one person")
+            keep()
+            stored = replace(ranking, created=_utc())
+            values = {"name": stored.id, "prompt": stored.prompt, "model": stored.model, "created": stored.created}
+            made = connection.execute(insert(rankings).values(person_id=row.id, tenant=tenant, **values))
+            number = made.inserted_primary_key[0]
+            images = [
+                {"ranking_id": number, "position": place, "digest": one} for place, one in enumerate(stored.images)
+            ]
+            connection.execute(insert(ranked_images), images)
+            named = and_(dropped_images.c.tenant == tenant, dropped_images.c.digest.in_(stored.images))
+            connection.execute(delete(dropped_images).where(named))
+            if not row.version:  # somebody of whom no text is known
+                self._changed(connection, row)
+            return replace(stored, number=number)
+
+    def rankings(self, tenant: str, after: int = 0, limit: int = 1000) -> list[Ranking]:
+        """Rankings of all people of a tenant in the order in which they came, from behind number ``after``."""
+        query = _rankings().where(rankings.c.tenant == tenant, rankings.c.id > after)
+        with self.read() as connection:
+            return _read_rankings(connection, query.order_by(rankings.c.id).limit(limit))
+
+    def remove_images(self, remove: Callable[[str, str], None], limit: int = 100) -> int:
+        """Call ``remove`` with tenant and digest of images whose rankings were deleted, or never came, and that no
+        ranking of the tenant names; how many were looked at. One that fails is tried again at the next call."""
+        query = select(dropped_images.c.tenant, dropped_images.c.digest).order_by(*dropped_images.primary_key)
+        with self.read() as connection:
+            waiting = connection.execute(query.where(dropped_images.c.due <= self.now()).limit(limit)).all()
+        for tenant in dict.fromkeys(row.tenant for row in waiting):
+            some = [row.digest for row in waiting if row.tenant == tenant]
+            with self.write() as connection:
+                self._lock_images(connection, tenant)
+                mine = and_(dropped_images.c.tenant == tenant, dropped_images.c.digest.in_(some))
+                mine = and_(mine, dropped_images.c.due <= self.now())
+                due = list(connection.scalars(select(dropped_images.c.digest).where(mine)))
+                named = select(ranked_images.c.digest).join(rankings).where(rankings.c.tenant == tenant)
+                used = set(connection.scalars(named.where(ranked_images.c.digest.in_(due))))
+                for digest in due:
+                    if digest not in used:
+                        remove(tenant, digest)
+                gone = and_(dropped_images.c.tenant == tenant, dropped_images.c.digest.in_(due))
+                connection.execute(delete(dropped_images).where(gone))
+        return len(waiting)
+
     def person(self, tenant: str, user_id: str) -> Person | None:
         with self.read() as connection:
             row = connection.execute(_by_id(tenant, user_id)).one_or_none()
@@ -124,7 +219,10 @@ class Store(Database):
             return connection.execute(query).scalar_one()
 
     def delete(self, tenant: str, user_id: str) -> bool:
-        """Delete everything about a person: history, vectors, feedback, leases. False if there is no such person.
+        """Delete everything about a person: history, vectors, feedback, rankings, leases. False if there is nobody.
+
+        Images that they ranked are noted by their digests, until ``remove_images`` has removed those that no other
+        ranking of the tenant names.
 
         No row about the person stays, not even a hash of the id: what keeps versions apart is one number per tenant.
         As to the bytes in the database's files: SQLite overwrites what it deletes with zeros, and the write-ahead log
@@ -136,7 +234,10 @@ class Store(Database):
             row = connection.execute(_by_id(tenant, user_id).with_for_update()).one_or_none()
             if row is None:
                 return False
-            connection.execute(self.insert_new(tenants).values(tenant=tenant, floor=0))
+            self._lock_images(connection, tenant)
+            named = select(rankings.c.tenant, ranked_images.c.digest, self.now()).join(ranked_images)
+            images = named.where(rankings.c.person_id == row.id).distinct()
+            connection.execute(self.insert_new(dropped_images).from_select(["tenant", "digest", "due"], images))
             connection.execute(
                 update(tenants)
                 .where(tenants.c.tenant == tenant, tenants.c.floor < row.version)
@@ -264,15 +365,15 @@ class Store(Database):
             if row is None:
                 return None
             fits = connection.execute(select(vectors).where(vectors.c.person_id == row.id).order_by(vectors.c.head))
-            return to_json(
-                _person(connection, row), _feedback(connection, tenant, user_id), [_fitted(one) for one in fits]
-            )
+            said = _read_rankings(connection, _rankings().where(rankings.c.person_id == row.id).order_by(rankings.c.id))
+            notes = _feedback(connection, tenant, user_id)
+            return to_json(_person(connection, row), notes, [_fitted(one) for one in fits], said)
 
     def restore(self, tenant: str, exported: ExportedPerson | Mapping[str, Any]) -> Person:
         """Put back the texts and feedback that ``export`` gave, in this database or another, in place of those here.
 
         Version and times are this store's own, whatever the exported ones were, and the vectors are fitted anew: no
-        import can hold up anybody else.
+        import can hold up anybody else. Rankings stay as they are here: the images of others are not in an export.
 
         Raises:
             ValueError: something in ``exported`` is not as ``export`` writes it, by name.
@@ -299,6 +400,12 @@ class Store(Database):
             values = {"tenant": tenant, "user_id": user_id, "version": 0, "created": now, "updated": now}
             # Another may insert it first, or delete it before it is locked here: then look again.
             connection.execute(self.insert_new(people).values(**values))
+
+    def _lock_images(self, connection: Connection, tenant: str) -> None:
+        """Wait for whoever stores or removes images of the tenant, or deletes people, and have others wait for this
+        transaction. After a person's row, never before: all take the two in this order."""
+        connection.execute(self.insert_new(tenants).values(tenant=tenant, floor=0))
+        connection.execute(select(tenants.c.tenant).where(tenants.c.tenant == tenant).with_for_update())
 
     def _next_version(self, connection: Connection, row: Row[Any]) -> int:
         if row.version:
@@ -379,6 +486,23 @@ def _feedback(connection: Connection, tenant: str, user_id: str) -> list[Feedbac
     query = select(feedback).join(people).where(people.c.tenant == tenant, people.c.user_id == user_id)
     rows = connection.execute(query.order_by(feedback.c.id))
     return [Feedback(one.id, one.prompt, one.answer, one.edited, one.created) for one in rows]
+
+
+def _rankings() -> Any:
+    return select(rankings, people.c.user_id).join(people)
+
+
+def _read_rankings(connection: Connection, query: Any) -> list[Ranking]:
+    """The rankings of a query over ``_rankings()``, with their images."""
+    rows = connection.execute(query).all()
+    images: dict[int, list[str]] = {row.id: [] for row in rows}
+    named = select(ranked_images).where(ranked_images.c.ranking_id.in_(list(images)))
+    for one in connection.execute(named.order_by(*ranked_images.primary_key)):
+        images[one.ranking_id].append(one.digest)
+    return [
+        Ranking(row.user_id, row.name, row.prompt, tuple(images[row.id]), row.model, row.created, row.id)
+        for row in rows
+    ]
 
 
 def _fitted(row: Row[Any]) -> Fitted:
