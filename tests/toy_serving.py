@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from palate.card import stages
 from palate.card.adaptation import AdaptConfig
@@ -57,7 +57,7 @@ def serving(config: Settings, *runs: str) -> Iterator[tuple[str, Service]]:
 
 
 @contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
+def listening(app: ASGIApp) -> Iterator[str]:
     """The base URL at which an application answers, on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

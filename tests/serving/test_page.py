@@ -10,10 +10,11 @@ import shutil
 import subprocess
 import sys
 import time
-import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import pytest
 from fastapi import FastAPI
 from PIL import Image
 from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
+from playwright.sync_api import Route as PageRoute
 from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Mount
@@ -35,7 +37,7 @@ from palate.serving.image_http import create_image_app
 from palate.serving.image_service import ImageService, ModelSource
 from palate.serving.service import Service
 from palate.users.images import png_of
-from palate.users.keys import authenticate, create_key
+from palate.users.keys import authenticate, create_key, revoke
 from palate.users.records import PastText
 from toy_serving import listening, settings
 
@@ -153,7 +155,6 @@ def test_a_wheel_holds_the_page(tmp_path):
         for name in page_module.FILES:
             assert held.read(f"palate/serving/page/{name}") == (FOLDER / name).read_bytes()
     assert {path.name for path in FOLDER.iterdir()} == set(page_module.FILES)
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
 
 
 # In a browser
@@ -211,7 +212,7 @@ def site(run_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sit
             Mount("/", slowed),
         ]
     )
-    with listening(app) as url:  # type: ignore[arg-type]
+    with listening(app) as url:
         http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"})
         until(lambda: all(http.get(f"/v1/users/{name}").json()["status"] == "personal" for name in ("ann", "bob")))
         yield Site(url, key, service, text, images, slowed, drawing)
@@ -236,37 +237,34 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(site: Site, browser: Browser) -> Iterator[Page]:
-    """A fresh tab on a desktop; nothing in it may throw, break the policy, or ask another address."""
+    """A fresh tab on a desktop."""
     with tab(site.url, browser, viewport={"width": 1280, "height": 900}) as opened:
         yield opened
 
 
-class tab:
-    """A tab with the page at ``url``, watched."""
+@contextmanager
+def tab(url: str, browser: Browser, **options: Any) -> Iterator[Page]:
+    """A tab with the page at ``url``; nothing in it may throw, break the policy, or ask another address."""
+    wrong: list[str] = []
 
-    def __init__(self, url: str, browser: Browser, **options: Any) -> None:
-        self._url, self._context = url, browser.new_context(**options)
-        self._context.set_default_timeout(30_000)
-        self._wrong: list[str] = []
-
-    def __enter__(self) -> Page:
-        page = self._context.new_page()
-        page.on("pageerror", lambda error: self._wrong.append(str(error)))
-        page.on("request", lambda request: self._watch(request))
-        page.on("console", lambda said: "Content Security" in said.text and self._wrong.append(said.text))
-        page.goto(f"{self._url}/")
-        return page
-
-    def _watch(self, request: Request) -> None:
-        if not request.url.startswith((f"{self._url}/", "data:")):
-            self._wrong.append(f"it asked {request.url}")
+    def watch(request: Request) -> None:
+        if not request.url.startswith((f"{url}/", "data:")):
+            wrong.append(f"it asked {request.url}")
         if "palate-" in request.url:
-            self._wrong.append(f"the key is in {request.url}")
+            wrong.append(f"the key is in {request.url}")
 
-    def __exit__(self, *error: object) -> None:
-        self._context.close()
-        if error[0] is None:
-            assert self._wrong == []
+    context = browser.new_context(**options)
+    context.set_default_timeout(30_000)
+    try:
+        page = context.new_page()
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda said: wrong.append(said.text) if "Content Security" in said.text else None)
+        page.on("request", watch)
+        page.goto(f"{url}/")
+        yield page
+    finally:
+        context.close()
+    assert wrong == []
 
 
 def until(condition: Callable[[], Any], seconds: float = 60) -> None:
@@ -318,6 +316,11 @@ def told(site: Site, user: str | None, personalization: dict[str, Any], prompt: 
     )
     text: str = found.json()["choices"][0]["message"]["content"]
     return text
+
+
+def fulfil(route: PageRoute, body: str) -> None:
+    """Answer in the server's place."""
+    route.fulfill(content_type="text/event-stream", body=body)
 
 
 def spaces(text: str) -> str:
@@ -532,12 +535,50 @@ def test_errors_are_told_where_they_arise(site, page, monkeypatch):
     page.get_by_label("What should be drawn?").fill(PICTURE)
     page.get_by_role("button", name="Draw four").click()
     expect(page.locator("#draw-problem")).to_contain_text("The server cannot be reached")
-    page.get_by_label("Most tokens").fill("100000")
+    chunk = json.dumps({"choices": [{"index": 0, "delta": {"content": "half of"}, "finish_reason": None}]})
+    failure = json.dumps({"error": {"message": "the engine has failed", "type": "server_error"}})
+    for rest, told_so in (("", "broke off"), (f"data: {failure}\n\n", "The server has failed. The engine has failed.")):
+        body = f"data: {chunk}\n\n{rest}"
+        page.route("**/v1/chat/completions", partial(fulfil, body=body))
+        page.get_by_role("button", name="Ask all three").click()
+        expect(page.locator("#base-problem")).to_contain_text(told_so)
+        assert answer(page, "base") == "half of"
+        page.unroute("**/v1/chat/completions")
+
     page.reload()
     expect(page.locator("#connected")).to_be_visible()  # the tab has kept the key
     page.get_by_role("button", name="Forget the key").click()
     expect(page.get_by_label("API key")).to_be_visible()
     assert page.evaluate("sessionStorage.length") == 0
+
+
+@pytest.mark.slow
+def test_a_key_that_is_revoked_meanwhile_is_asked_for_again(site, page):
+    key = create_key(site.service.store, "acme", "soon revoked")
+    connect(page, key)
+    ask(page)
+    known = authenticate(site.service.store, key)
+    assert known is not None
+    revoke(site.service.store, known.id)
+    page.get_by_role("button", name="Ask all three").click()
+    expect(page.locator("#base-problem")).to_contain_text("The server does not accept the key.")
+    expect(page.locator("#key-problem")).to_contain_text("was revoked")
+    connect(page, site.key)
+    ask(page)  # what was written is still there
+
+
+@pytest.mark.slow
+def test_a_server_without_keys_asks_for_none(browser, tmp_path):
+    sources = {"shapes": ModelSource(base="shapes", steps=2)}
+    service = ImageService(toy_images.settings(tmp_path, models=sources, require_keys=False)).start()
+    try:
+        with listening(create_image_app(service)) as url, tab(url, browser) as page:
+            expect(page.locator("#connected-as")).to_have_text("Connected: this server wants no key")
+            expect(page.get_by_label("API key")).to_be_hidden()
+            expect(page.get_by_role("button", name="Forget the key")).to_be_hidden()
+            draw(page)
+    finally:
+        service.stop()
 
 
 @pytest.mark.slow
@@ -555,7 +596,7 @@ def test_what_a_model_or_a_person_wrote_is_shown_as_text(site, page):
     refused = {"error": {"message": EVIL}}
     page.route("**/v1/users?*", lambda route: route.fulfill(json={"data": [EVIL]}))
     page.route("**/v1/users/*", lambda route: route.fulfill(json=known))
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=stream))
+    page.route("**/v1/chat/completions", partial(fulfil, body=stream))
     page.route("**/v1/images/generations", lambda route: route.fulfill(status=400, json=refused))
     connect(page, site.key)
     ask(page, EVIL)
