@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import io
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,12 +22,12 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from PIL import Image
 from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 from playwright.sync_api import Route as PageRoute
 from starlette.applications import Starlette
-from starlette.requests import Request as Asked
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Mount, Route
+from starlette.responses import Response
+from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import toy_images
@@ -35,6 +36,7 @@ from palate.serving.http import create_app
 from palate.serving.image_http import create_image_app
 from palate.serving.image_service import ImageService, ModelSource
 from palate.serving.service import Service
+from palate.users.images import png_of
 from palate.users.keys import authenticate, create_key, revoke
 from palate.users.records import PastText
 from toy_serving import listening, settings
@@ -184,7 +186,6 @@ class Site:
     images: FastAPI
     slowed: Slowed
     drawing: Slowed
-    rankings: list[dict[str, Any]] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module")
@@ -197,22 +198,16 @@ def site(run_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sit
         "shapes": ModelSource(base="shapes", steps=3, guidance=3.0),
         "person": ModelSource(run=toy_images.person_run(folder / "person"), tenants=("acme",), steps=3, guidance=3.0),
     }
-    image_service = ImageService(toy_images.settings(folder, models=sources)).start()
+    config = toy_images.settings(folder, models=sources, feedback=str(folder / "ranked"))
+    image_service = ImageService(config).start()
     key = create_key(service.store, "acme", "tests")
     for name, how in (("ann", "Well!!! thing {} is grand, grand, grand."), ("bob", "thing {}: plain and small")):
         texts = [PastText(f"Describe thing {n}.", how.format(n)) for n in range(6)]
         service.store.put_history("acme", name, texts)
-    rankings: list[dict[str, Any]] = []
-
-    async def rank(request: Asked) -> Response:
-        rankings.append(await request.json())
-        return JSONResponse({"object": "feedback"})
-
     text, images = create_app(service), create_image_app(image_service)
     slowed, drawing = Slowed(text), Slowed(images)
     app = Starlette(
         routes=[
-            Route("/images/v1/feedback", rank, methods=["POST"]),
             Mount("/images", drawing),
             Mount("/", slowed),
         ]
@@ -220,7 +215,7 @@ def site(run_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sit
     with listening(app) as url:
         http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"})
         until(lambda: all(http.get(f"/v1/users/{name}").json()["status"] == "personal" for name in ("ann", "bob")))
-        yield Site(url, key, service, text, images, slowed, drawing, rankings)
+        yield Site(url, key, service, text, images, slowed, drawing)
     service.stop()
     image_service.stop()
 
@@ -473,19 +468,15 @@ def test_images_are_put_in_order_by_keys_buttons_and_mouse_and_sent(site, page):
     page.get_by_label("Who").select_option(label="Nobody in particular")
     page.get_by_role("button", name="Send this order").click()
     expect(page.locator("#rank-problem")).to_have_text("Whose order is it? Choose a person above first.")
-    assert site.rankings == []
+    assert site.service.store.rankings("acme") == []
     page.get_by_label("Who").select_option("bob")
     page.get_by_role("button", name="Send this order").click()
     expect(page.locator("#rank-said")).to_have_text("Stored: bob likes D, then C, then A, then B.")
-    (sent,) = site.rankings
-    assert {name: sent[name] for name in ("user", "prompt", "model")} == {
-        "user": "bob",
-        "prompt": PICTURE,
-        "model": "person",
-    }
-    assert [f"data:image/png;base64,{one['b64_json']}" for one in sent["images"]] == [contents[name] for name in "DCAB"]
-    assert all(base64.b64decode(one["b64_json"]).startswith(b"\x89PNG") for one in sent["images"])
-    site.rankings.clear()
+    (stored,) = site.service.store.rankings("acme")
+    assert (stored.user_id, stored.prompt, stored.model) == ("bob", PICTURE, "person")
+    files = {name: base64.b64decode(source.partition(",")[2]) for name, source in contents.items()}
+    digests = {name: png_of(Image.open(io.BytesIO(file)).convert("RGB"))[0] for name, file in files.items()}
+    assert stored.images == tuple(digests[name] for name in "DCAB")
 
 
 @pytest.mark.slow
@@ -696,7 +687,6 @@ def test_everything_can_be_done_by_keyboard(site, page):
     tab_to("Send this order")
     page.keyboard.press("Enter")
     expect(page.locator("#rank-said")).to_contain_text("ann likes B, then C, then D, then A")
-    site.rankings.clear()
 
 
 # Of every visible text its contrast with the nearest background; of every control whether it has a name.
@@ -804,17 +794,10 @@ def test_each_application_alone_says_what_else_could_be_there(site, browser, ser
         draw(page)
         page.get_by_role("button", name="Send this order").click()
         expect(page.get_by_label("Their id")).to_be_focused()
-        sent: list[dict[str, Any]] = []
-
-        def store(route: Any) -> None:
-            sent.append(route.request.post_data_json)
-            route.fulfill(json={})
-
-        page.route(f"{url}/v1/feedback", store)
         page.get_by_label("Their id").fill("dee")
         page.get_by_role("button", name="Send this order").click()
         expect(page.locator("#rank-said")).to_contain_text("dee likes A, then B")
-        assert sent[0]["user"] == "dee"
+        assert site.service.store.rankings("acme")[-1].user_id == "dee"
     with tab(f"{site.url}/images", browser) as page:  # behind its prefix
         connect(page, site.key)
         draw(page)
