@@ -318,6 +318,10 @@ def images_loop(config: ImagesLoop) -> None:
     tasks = [(arm, seed) for seed in config.seeds for arm in ("base", *ARMS)]
     with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
         list(pool.map(partial(run_images, config=config), tasks))
+    images_report(config)
+
+
+def images_report(config: ImagesLoop) -> None:
     rows = images_table(config)
     print("| round | rankings | arm | win rate against the base | gain | seen |\n|--:|--:|---|--:|--:|--:|")
     for row in rows:
