@@ -8,7 +8,8 @@ it. In a round the current model draws four images of each of some training capt
 (Plackett-Luce over their own utility), the rankings go over HTTP into the store of an image server, ``jobs/prepare.py
 feedback`` makes all that there are by then into lists, and LPO tunes the current model on them. Then it draws held-out
 captions at the base's seeds, and the win rate by the annotators' mean utility says how much better it is. The control
-does the same with every ranking in random order.
+does the same with every ranking in random order, and the arms are compared with each other, too: tuning on anything
+moves a model.
 
 Text: RUN is a run of ``jobs/card.py`` on ``personas``, which new people of the same world meet. Of each, 1, 2, 4 and 8
 edited answers go into the store as ``POST /v1/feedback`` puts them there, the server's fit follows, and bits a token of
@@ -284,15 +285,17 @@ def images_table(config: ImagesLoop) -> list[dict[str, Any]]:
             found.append({**one, "seen": [bool(shown) for shown in sees(classifier, images_N3HW, one["captions"])]})
         return found
 
+    def compared(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> np.ndarray:
+        pairs = zip(ours, theirs, strict=True)
+        return np.stack([wins(np.array([a["utilities"]]), np.array([b["utilities"]]))[0] for a, b in pairs])
+
     base = read("base", 0)
     units = np.unique(base[0]["captions"], return_inverse=True)[1]
     rows = [{"round": 0, "arm": "base", "seen": float(np.mean([one["seen"] for one in base])), "seeds": len(seeds)}]
     for number in range(1, config.rounds + 1):
-        won = {}
-        for arm in ARMS:
-            cells = read(arm, number)
-            pairs = zip(cells, base, strict=True)
-            won[arm] = np.stack([wins(np.array([a["utilities"]]), np.array([b["utilities"]]))[0] for a, b in pairs])
+        won, drawn = {}, {arm: read(arm, number) for arm in ARMS}
+        for arm, cells in drawn.items():
+            won[arm] = compared(cells, base)
             gain = np.mean([np.subtract(a["utilities"], b["utilities"]) for a, b in zip(cells, base, strict=True)])
             found = win_rate(won[arm], units)
             rows.append(
@@ -308,6 +311,9 @@ def images_table(config: ImagesLoop) -> list[dict[str, Any]]:
             )
         gap = crossed(won["feedback"] - won["control"], units)
         rows.append({"round": number, "arm": "difference", "win": gap.value, "low": gap.low, "high": gap.high})
+        direct = win_rate(compared(drawn["feedback"], drawn["control"]), units)
+        interval = {"win": direct.value, "low": direct.low, "high": direct.high}
+        rows.append({"round": number, "arm": "feedback against control", **interval})
     return rows
 
 
@@ -318,8 +324,12 @@ def images_loop(config: ImagesLoop) -> None:
     tasks = [(arm, seed) for seed in config.seeds for arm in ("base", *ARMS)]
     with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
         list(pool.map(partial(run_images, config=config), tasks))
+    images_report(config)
+
+
+def images_report(config: ImagesLoop) -> None:
     rows = images_table(config)
-    print("| round | rankings | arm | win rate against the base | gain | seen |\n|--:|--:|---|--:|--:|--:|")
+    print("| round | rankings | arm | win rate | gain | seen |\n|--:|--:|---|--:|--:|--:|")
     for row in rows:
         if row["arm"] == "base":
             print(f"| 0 | 0 | base | | | {row['seen']:.3f} |")

@@ -156,8 +156,8 @@ class Store(Database):
             keep()
             stored = replace(ranking, created=_utc())
             values = {"name": stored.id, "prompt": stored.prompt, "model": stored.model, "created": stored.created}
-            made = connection.execute(insert(rankings).values(person_id=row.id, tenant=tenant, **values))
-            number = made.inserted_primary_key[0]
+            new = insert(rankings).values(person_id=row.id, tenant=tenant, **values).returning(rankings.c.id)
+            number = connection.execute(new).scalar_one()
             images = [
                 {"ranking_id": number, "position": place, "digest": one} for place, one in enumerate(stored.images)
             ]
