@@ -91,8 +91,12 @@ def ray_head(
     start += [f"--include-dashboard={dashboard}", "--dashboard-host=127.0.0.1", f"--dashboard-port={http}"]
     start += [f"--dashboard-agent-listen-port={agent}"]
     if autoscaling is not None:
-        config = {**autoscaling, "provider": {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{gcs}"}}
-        (folder / "autoscaling.json").write_text(json.dumps(config))
+        provider = {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{gcs}", "disable_launch_config_check": True}
+        provider |= {
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+        }  # nodes share an address, and need no setup
+        (folder / "autoscaling.json").write_text(json.dumps({**autoscaling, "provider": provider}))
         start += [f"--autoscaling-config={folder}/autoscaling.json"]
         environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     url = f"http://127.0.0.1:{http}"

@@ -100,7 +100,7 @@ def test_gpus_are_asked_for_though_no_machine_has_started_yet(tmp_path, ray_clus
     assert launch(toy.run, config, launcher="ray", workers=2, folder=tmp_path, gpu=gpu) == "done"
     (given,) = settings
     assert given["scaling_config"].use_gpu is asked
-    assert given["torch_config"].backend == ("nccl" if asked else "gloo")
+    assert given["torch_config"].backend == ("cpu:gloo,cuda:nccl" if asked else "gloo")
 
 
 @pytest.mark.slow
