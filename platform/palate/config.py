@@ -30,7 +30,7 @@ def parse(config_type: Any, description: str | None = None, arguments: Sequence[
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     known: dict[str, Any] = {}
-    if dataclasses.is_dataclass(config_type):
+    if isinstance(config_type, type) and dataclasses.is_dataclass(config_type):
         hint = "--config FILE, first: values as a sweep wrote them; flags override these."
         description = f"{(description or '').rstrip()}\n\n{hint}"
         if given[:1] == ["--config"]:

@@ -140,7 +140,7 @@ def _plot(points: Sequence[Point], winner: Point, metric: Metric, budget: str) -
     beside it the paired differences, which tell values apart whose own intervals overlap."""
     compared = [point for point in points if point.to_best is not None and point.budget == winner.budget]
     figure = Figure(figsize=(12 if compared else 7, 4.2), layout="constrained")
-    left, *right = np.atleast_1d(figure.subplots(1, 2 if compared else 1))
+    left, *right = figure.subplots(1, 2 if compared else 1, squeeze=False)[0]
     _lines(left, [(point, point.metric) for point in points], winner, budget)
     left.set_ylabel(f"{metric.name} ({'more' if metric.higher_is_better else 'less'} is better)")
     if metric.chance is not None:
