@@ -115,7 +115,7 @@ def trial_kl(config: KlBetas, values: Mapping[str, Any], steps: int) -> LpoConfi
 
 def train_kl(config: KlBetas, values: Mapping[str, Any], steps: int) -> None:
     run = trial_kl(config, values, steps)
-    launch(pipeline, run, launcher=run.launcher, workers=run.workers, folder=run.out)
+    launch(pipeline, run, launcher=run.launcher, workers=run.workers, folder=run.out, gpu=run.gpu)
 
 
 def measure_kl(config: KlBetas, values: Mapping[str, Any], steps: int) -> dict[str, float]:

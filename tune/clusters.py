@@ -122,7 +122,7 @@ def trial(config: ClustersConfig, values: Mapping[str, Any], epochs: int) -> Car
 def train(config: ClustersConfig, values: Mapping[str, Any], epochs: int) -> None:
     run = trial(config, values, epochs)
     worker = partial(pipeline, sampler=sample_answers)
-    launch(worker, run, launcher=run.launcher, workers=run.workers, folder=run.out)
+    launch(worker, run, launcher=run.launcher, workers=run.workers, folder=run.out, gpu=run.gpu)
 
 
 def measure(config: ClustersConfig, values: Mapping[str, Any], epochs: int) -> dict[str, float]:
