@@ -15,7 +15,7 @@ from palate.training import logging as run_logs
 from toy_cluster import Head, ray_head, status
 from toy_unihetero import build_parts
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 CARD = """
     --launcher ray --workers 2 --model tiny --clusters 2 --max-prompt-tokens 200 --max-answer-tokens 12 --rank 2
