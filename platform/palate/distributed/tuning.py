@@ -8,8 +8,8 @@ worst at a budget before they spend the next one. All that a trial makes are art
 A trial that trains on Ray workers needs no CPU itself. If it did, a few trials could hold all CPUs while their own
 workers wait for one, for ever; so drivers stand on the head node, and there are only as many at a time as have workers.
 
-On retry: started again, a sweep goes on: finished trials are kept (``Tuner.restore``), others go on from their
-artifacts.
+On retry: started again, a sweep goes on: trials that are finished by Tune's state, which it writes every few seconds, are
+kept (``Tuner.restore``), others go on from their artifacts.
 """
 
 import hashlib
@@ -191,7 +191,9 @@ def _trial(
         if apart is None:
             figures = measure(values, budget)
         else:
-            work = ray.remote(num_cpus=1, num_gpus=apart, max_retries=3)(_measured)
+            # Of the cluster, and not of the bundle that the trial stands on, which holds nothing.
+            remote = ray.remote(num_cpus=1, num_gpus=apart, max_retries=3, scheduling_strategy="DEFAULT")
+            work = remote(_measured)
             figures = ray.get(work.remote(measure, values, budget, cwd))
         metrics = {"budget": budget, "figures": dict(figures), **figures}
         tune.report(metrics)
