@@ -8,7 +8,7 @@ worst at a budget before they spend the next one. All that a trial makes are art
 A trial that trains on Ray workers needs no CPU itself. If it did, a few trials could hold all CPUs while their own
 workers wait for one, for ever; so drivers stand on the head node, and there are only as many at a time as have workers.
 
-On retry: started again, a sweep goes on: trials that Tune's state, written every few seconds, knows as finished are kept
+On retry: started again, a sweep goes on: trials that are finished by Tune's state, written every few seconds, are kept
 (``Tuner.restore``), others go on from their artifacts.
 """
 
