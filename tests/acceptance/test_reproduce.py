@@ -22,6 +22,7 @@ def claims(folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # three pipelines, on a machine that may be busy
 def test_every_claim_is_tested_and_a_second_run_says_the_same(tmp_path):
     done = reproduce(folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
