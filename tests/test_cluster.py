@@ -138,7 +138,8 @@ def ray_cluster_of(document: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["rayjob", "rayservice"])
 def test_manifests_are_what_kuberay_takes(name: str) -> None:
     jsonschema.Draft202012Validator.check_schema(kuberay())
-    jsonschema.validate(manifest(name), kuberay())
+    found = list(jsonschema.Draft202012Validator(kuberay()).iter_errors(manifest(name)))
+    assert [f"{error.json_path}: {error.message}" for error in found] == []
 
 
 def misspell(document: dict[str, Any]) -> None:

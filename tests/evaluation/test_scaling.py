@@ -306,7 +306,7 @@ def test_claim_1_by_its_rule() -> None:
     assert scaling.claim_1(loss, loss, loss, gain, gain, slope=open_).outcome == "refuted"
     missing = scaling.claim_1(gain, loss, loss, gain, None)
     assert missing.outcome == "undecided"
-    assert "V2 - V7: not measured" in missing.reasons
+    assert "embedding - shuffled: not measured" in missing.reasons
 
 
 def test_claim_2_needs_a_steeper_curve_and_a_crossover_inside() -> None:
@@ -337,4 +337,4 @@ def test_claim_3_counts_steps_from_16_and_a_margin() -> None:
     assert scaling.claim_3(errors, {}, margin=0.05).outcome == "undecided"
     unprobed = scaling.claim_3(errors, {"questions": level, "probes": None}, margin=0.05)
     assert unprobed.outcome == "undecided"
-    assert "V2 - V1, probes: not measured" in unprobed.reasons
+    assert "embedding - encoder, probes: not measured" in unprobed.reasons

@@ -576,7 +576,11 @@ def test_a_server_without_keys_asks_for_none(browser, tmp_path):
             expect(page.locator("#connected-as")).to_have_text("Connected: this server wants no key")
             expect(page.get_by_label("API key")).to_be_hidden()
             expect(page.get_by_role("button", name="Forget the key")).to_be_hidden()
+            sent = []
+            page.on("request", lambda request: sent.append(request.headers))
             draw(page)
+            assert sent
+            assert [headers for headers in sent if "authorization" in headers] == []
     finally:
         service.stop()
 

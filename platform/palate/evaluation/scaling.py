@@ -414,11 +414,11 @@ def claim_1(
         None for what was not measured.
     """
     named = {
-        "V2 - V0": semantic,
-        "V3 - V0": pixel,
-        "V3 - V4": pixel_against_decoder,
-        "V2 - V6": over_capacity,
-        "V2 - V7": over_shuffled,
+        "embedding - understanding": semantic,
+        "pixel - understanding": pixel,
+        "pixel - decoder": pixel_against_decoder,
+        "embedding - capacity": over_capacity,
+        "embedding - shuffled": over_shuffled,
     }
     supports = [
         _positive(semantic),
@@ -443,7 +443,9 @@ def claim_2(slope: SeedEstimate | None, crossing: Crossover | None) -> Verdict:
     was above from the first size on, is undecided. The smallest detectable difference is one of slopes.
     """
     inside = crossing is not None and crossing.certainly_inside
-    verdict = _verdict(2, {"slope of V2 - slope of V0": slope}, _positive(slope) and inside, _negative(slope))
+    verdict = _verdict(
+        2, {"slope of embedding - slope of understanding": slope}, _positive(slope) and inside, _negative(slope)
+    )
     where = "crossover: not measured" if crossing is None else f"crossover: {crossing!s}"
     return Verdict(2, verdict.outcome, (*verdict.reasons, where), verdict.smallest_detectable)
 
@@ -469,8 +471,10 @@ def claim_3(
     """
     if margin < 0:
         raise ValueError(f"the margin is at least 0, found {margin}")
-    late = {f"error of V2 - error of V1 at k = {k}": e for k, e in sorted(errors.items()) if k >= least_steps}
-    asked = {f"V2 - V1, {name}": score for name, score in scores.items()}
+    late = {
+        f"error of embedding - error of encoder at k = {k}": e for k, e in sorted(errors.items()) if k >= least_steps
+    }
+    asked = {f"embedding - encoder, {name}": score for name, score in scores.items()}
     supported = (
         bool(late)
         and bool(asked)
