@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Threads that wait must sleep, not spin: beside other work on the same cores, spinning made a step 6 times as long.
+# Threads that wait sleep rather than spin: beside other work on the same cores, spinning makes each step several times longer.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test test-slow lint install clean

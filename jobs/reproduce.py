@@ -100,7 +100,7 @@ SIZES = {
         samples=8192,
         arms=ARMS[:5],
         seeds=3,
-        about="some hours of two cores",
+        about="hours of two cores, by the single experiments' times; not run as a whole yet",
     ),
     "full": Size(
         model="smollm2",
@@ -117,7 +117,7 @@ SIZES = {
         samples=16_384,
         arms=ARMS,
         seeds=5,
-        about="about a day of two cores",
+        about="about a day of two cores, by the single experiments' times; not run as a whole yet",
     ),
 }
 
@@ -129,7 +129,7 @@ class ReproduceConfig:
     out: str = scale()
     """Folder of everything."""
     size: Literal["smoke", "small", "full"] = "small"
-    """smoke: minutes, to see that all runs; small: hours; full: a day."""
+    """smoke: minutes, to see that all runs; small: hours, by estimate; full: a day, by estimate."""
     papers: tuple[Literal["card", "lpo", "unihetero"], ...] = ("card", "lpo", "unihetero")
     """Which of them."""
     workers: int = scale(2)

@@ -7,7 +7,7 @@ Both write OUT/report and OUT/best.json, which jobs/lpo.py or jobs/evaluate.py t
 compared on data that no report uses: validation captions, development people.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from palate.artifacts import ArtifactError, join, open_artifact
 from palate.config import scale
 from palate.corpora.schema import RANKED_LISTS, TEXT_CORPUS
 from palate.distributed.launch import launch
-from palate.distributed.tuning import Reported, SearchConfig, search
+from palate.distributed.tuning import Reported, SearchConfig, budgets_of, search, sweep_runs
 from palate.evaluation import images, sweeps, text
 from palate.evaluation.comparison import Comparison, TextConfig
 from palate.evaluation.prompts import corpus_prompts
@@ -42,8 +42,8 @@ class KlBetas:
     """Trainings of each value, with seeds 0, 1, ...; one training says little (docs/results/lpo.md)."""
     compare_at: tuple[int, ...] = ()
     """Steps after which the worse trials end; they count where they are fewer than --steps."""
-    scorer: str = ""
-    """Whose win rate compares the runs, such as pickscore; by default utility, which only the world `shapes` has."""
+    scorer: str = "utility"
+    """Whose win rate compares the runs, such as pickscore; only the world `shapes` has utility."""
     score: ScorerConfig = field(default_factory=ScorerConfig)
     captions_of: Literal["validation", "examples"] = "validation"
     """Lists whose captions are drawn; the world `shapes` has none for validation, and examples of other captions than
@@ -54,50 +54,34 @@ class KlBetas:
     """Each with a seed of its own."""
     search: SearchConfig = field(default_factory=SearchConfig)
 
+    @property
+    def win_rate(self) -> str:
+        """The metric's name in reports of images."""
+        return f"{self.scorer} win rate"
+
 
 def sweep_kl(config: KlBetas) -> str:
-    lpo, scorer = config.lpo, config.scorer or "utility"
-    if lpo.fresh:
-        raise ValueError("--fresh would discard trials that are finished: choose another --out, or delete this one")
+    lpo = config.lpo
     corpus_prompts(open_artifact(lpo.lists, RANKED_LISTS), split=config.captions_of)  # there are some
-    metric = sweeps.Metric(f"{scorer} win rate", higher_is_better=True, over="captions and runs", chance=0.5)
-    steps = lpo.tune.steps
-    budgets = sorted({step for step in config.compare_at if step < steps} | {steps})
-    grid = [{"kl_beta": b, "seed": seed} for seed in range(config.try_seeds) for b in config.try_kl_betas]
-    print(f"watch: tensorboard --logdir {lpo.out}", flush=True)
-    reported, failed = search(
-        partial(train_kl, config),
-        partial(measure_kl, config),
-        grid,
-        budgets,
-        out=lpo.out,
-        metric="win_rate",
-        higher_is_better=True,
+    return sweep_runs(
+        lpo,
+        [{"kl_beta": b, "seed": seed} for seed in range(config.try_seeds) for b in config.try_kl_betas],
+        budgets_of(lpo.tune.steps, config.compare_at),
+        train=partial(train_kl, config),
+        measure=partial(measure_kl, config),
+        compare=partial(compare_kl, config),
+        trial=partial(trial_kl, config),
+        metric=sweeps.Metric(config.win_rate, higher_is_better=True, over="captions and runs", chance=0.5),
+        figure="win_rate",
         config=config.search,
-        workers=lpo.workers if lpo.launcher == "ray" else 0,
         identity=configs.identity(config),
-    )
-    if failed and not reported:
-        raise ValueError(f"all {len(failed)} trials failed; the same command tries them again: {failed[0]}")
-    points = compare_kl(config, reported, metric)
-    winner = sweeps.best(points, metric)
-    chosen = trial_kl(config, {**winner.values, "seed": 0}, winner.budget)
-    winner = sweeps.write(
-        points,
-        metric,
-        lpo.out,
         title=f"LPO's KL beta on {lpo.lists}",
         budget="steps",
-        chosen=configs.to_dict(chosen),
         then=[
             f"python jobs/lpo.py --config {join(lpo.out, 'best.json')} --out RUN",
             f"python jobs/evaluate.py images --run RUN --corpus {lpo.lists} --out RESULTS",
         ],
-        notes=[f"failed: {error}" for error in failed],
     )
-    if failed:
-        raise ValueError(f"{len(failed)} trials failed, and the report is of the others; first: {failed[0]}")
-    return sweeps.summary(points, winner, metric, lpo.out)
 
 
 def trial_kl(config: KlBetas, values: Mapping[str, Any], steps: int) -> LpoConfig:
@@ -121,13 +105,10 @@ def train_kl(config: KlBetas, values: Mapping[str, Any], steps: int) -> None:
 def measure_kl(config: KlBetas, values: Mapping[str, Any], steps: int) -> dict[str, float]:
     run = trial_kl(config, values, steps)
     found = estimates(config, {"tuned": [run.out]}, join(run.out, "evaluation"))["tuned"]
-    name = f"{config.scorer or 'utility'} win rate"
-    if name not in found:
+    if config.win_rate not in found:
         known = sorted(metric.removesuffix(" win rate") for metric in found if metric.endswith(" win rate"))
-        raise ValueError(
-            f"--scorer {config.scorer or 'utility'} is not there: of these captions and weights are {known}"
-        )
-    return {"win_rate": found[name].value} | ({"drift": found["drift"].value} if "drift" in found else {})
+        raise ValueError(f"--scorer {config.scorer} is not there: of these captions and weights are {known}")
+    return {"win_rate": found[config.win_rate].value} | ({"drift": found["drift"].value} if "drift" in found else {})
 
 
 def estimates(config: KlBetas, runs: Mapping[str, list[str]], out: str) -> dict[str, dict[str, Estimate]]:
@@ -152,7 +133,7 @@ def estimates(config: KlBetas, runs: Mapping[str, list[str]], out: str) -> dict[
     return found
 
 
-def compare_kl(config: KlBetas, reported: list[Reported], metric: sweeps.Metric) -> list[sweeps.Point]:
+def compare_kl(config: KlBetas, reported: Sequence[Reported]) -> list[sweeps.Point]:
     """A point for each value and number of steps, its seeds together; fewer of them where trials ended early."""
     runs: dict[tuple[int, float], list[str]] = {}
     for one in reported:
@@ -167,7 +148,7 @@ def compare_kl(config: KlBetas, reported: list[Reported], metric: sweeps.Metric)
         for kl_beta in values:
             ours = found[f"kl-beta-{kl_beta:g}"]
             others = {name: ours[name] for name in ("drift",) if name in ours}
-            points.append(sweeps.Point({"kl_beta": kl_beta}, steps, count, ours[metric.name], others=others))
+            points.append(sweeps.Point({"kl_beta": kl_beta}, steps, count, ours[config.win_rate], others=others))
     return points
 
 
@@ -191,7 +172,7 @@ class DecodingBetas:
     answers: bool = False
     """Decode answers at every value too, and report what they score; takes a decoding each."""
     choose_by: str = "bits per token"
-    """Metric that chooses: bits per token, pair accuracy, or with --answers one of theirs, such as rouge-l."""
+    """Metric that chooses: bits per token, pair accuracy, or with --answers one of theirs, such as rouge-L."""
     max_users: int | None = None
     """At most so many development people, drawn at random."""
     max_new_tokens: int = 64

@@ -7,7 +7,7 @@
 Flags are those of jobs/card.py, and these. Run with --help.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from palate.artifacts import ArtifactError, join, open_artifact
 from palate.card.stages import CardConfig, pipeline
 from palate.corpora.schema import TEXT_CORPUS
 from palate.distributed.launch import launch
-from palate.distributed.tuning import Reported, SearchConfig, search
+from palate.distributed.tuning import Reported, SearchConfig, budgets_of, sweep_runs
 from palate.evaluation import sweeps
 from palate.evaluation.comparison import Comparison, TextConfig
 from palate.evaluation.statistics import Scores
@@ -59,51 +59,32 @@ def main() -> None:
 def sweep(config: ClustersConfig) -> str:
     """Run, compare, write; returns what there is to say."""
     card = config.card
-    if card.fresh:
-        raise ValueError("--fresh would discard trials that are finished: choose another --out, or delete this one")
     open_artifact(card.corpus, TEXT_CORPUS)
-    epochs = card.adapt.epochs
-    budgets = sorted({epoch for epoch in config.compare_at if epoch < epochs} | {epochs})
     grid = [
         {"clusters": clusters, "rank": rank, "seed": seed}
         for seed in range(config.try_seeds)
         for clusters in config.try_clusters
         for rank in config.try_ranks
     ]
-    print(f"watch: tensorboard --logdir {card.out}", flush=True)
-    reported, failed = search(
-        partial(train, config),
-        partial(measure, config),
+    return sweep_runs(
+        card,
         grid,
-        budgets,
-        out=card.out,
-        metric="bits",
-        higher_is_better=False,
+        budgets_of(card.adapt.epochs, config.compare_at),
+        train=partial(train, config),
+        measure=partial(measure, config),
+        compare=partial(compare, config),
+        trial=partial(trial, config),
+        metric=METRIC,
+        figure="bits",
         config=config.search,
-        workers=card.workers if card.launcher == "ray" else 0,
         identity=configs.identity(config),
-    )
-    if failed and not reported:
-        raise ValueError(f"all {len(failed)} trials failed; the same command tries them again: {failed[0]}")
-    points = compare(config, reported)
-    winner = sweeps.best(points, METRIC)
-    chosen = trial(config, {**winner.values, "seed": 0}, winner.budget)
-    winner = sweeps.write(
-        points,
-        METRIC,
-        card.out,
         title=f"CARD's clusters and rank on {card.corpus}",
         budget="epochs",
-        chosen=configs.to_dict(chosen),
         then=[
             f"python jobs/card.py --config {join(card.out, 'best.json')} --out RUN",
             f"python jobs/evaluate.py text --run RUN --corpus {card.corpus} --users test --out RESULTS",
         ],
-        notes=[f"failed: {error}" for error in failed],
     )
-    if failed:
-        raise ValueError(f"{len(failed)} trials failed, and the report is of the others; first: {failed[0]}")
-    return sweeps.summary(points, winner, METRIC, card.out)
 
 
 def trial(config: ClustersConfig, values: Mapping[str, Any], epochs: int) -> CardConfig:
@@ -147,7 +128,7 @@ def scores(config: ClustersConfig, values: Mapping[str, Any], epochs: int) -> di
     return {name: one for name, one in found.items() if isinstance(one, Scores)}
 
 
-def compare(config: ClustersConfig, reported: list[Reported]) -> list[sweeps.Point]:
+def compare(config: ClustersConfig, reported: Sequence[Reported]) -> list[sweeps.Point]:
     """A point for each combination and budget, its seeds averaged."""
     seeds: dict[tuple[int, int, int], list[dict[str, Scores]]] = {}
     for one in reported:

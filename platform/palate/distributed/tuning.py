@@ -20,10 +20,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from palate import artifacts
-from palate.config import require_at_least, scale
+from palate.config import require_at_least, scale, to_dict
+from palate.evaluation import sweeps
 
 Values = Mapping[str, Any]
 Train = Callable[[Values, int], None]
@@ -150,6 +151,78 @@ def search(
     order = {json.dumps(dict(values), sort_keys=True): place for place, values in enumerate(grid)}
     found.sort(key=lambda one: (order[json.dumps(one.values, sort_keys=True)], one.budget))
     return found, sorted(failed)
+
+
+class Run(Protocol):
+    """What a sweep reads of a job's config."""
+
+    @property
+    def out(self) -> str: ...
+    @property
+    def fresh(self) -> bool: ...
+    @property
+    def launcher(self) -> str: ...
+    @property
+    def workers(self) -> int: ...
+
+
+def sweep_runs(
+    job: Run,
+    grid: Sequence[Values],
+    budgets: Sequence[int],
+    *,
+    train: Train,
+    measure: Measure,
+    compare: Callable[[Sequence[Reported]], list[sweeps.Point]],
+    trial: Callable[[Values, int], Any],
+    metric: sweeps.Metric,
+    figure: str,
+    config: SearchConfig,
+    identity: Mapping[str, Any],
+    **written: Any,
+) -> str:
+    """A sweep whose trials are runs of ``job``, from the search to its report; returns what there is to say.
+
+    Args:
+        budgets: at which trials are compared; the last is the job's own.
+        compare: what was reported, as the report's points.
+        trial: the job's config of values (a seed among them) and a budget.
+        metric, figure: what values are compared by, in the report and as ``measure`` calls it.
+        written: title, budget and then of ``sweeps.write``.
+
+    Raises:
+        ValueError: some trials failed; the report is of the others, if there are any.
+    """
+    if job.fresh:
+        raise ValueError("--fresh would discard trials that are finished: choose another --out, or delete this one")
+    print(f"watch: tensorboard --logdir {job.out}", flush=True)
+    reported, failed = search(
+        train,
+        measure,
+        grid,
+        budgets,
+        out=job.out,
+        metric=figure,
+        higher_is_better=metric.higher_is_better,
+        config=config,
+        workers=job.workers if job.launcher == "ray" else 0,
+        identity=identity,
+    )
+    if failed and not reported:
+        raise ValueError(f"all {len(failed)} trials failed; the same command tries them again: {failed[0]}")
+    points = compare(reported)
+    winner = sweeps.best(points, metric)
+    chosen = to_dict(trial({**winner.values, "seed": 0}, winner.budget))
+    notes = [f"failed: {error}" for error in failed]
+    sweeps.write(points, metric, job.out, chosen=chosen, notes=notes, **written)
+    if failed:
+        raise ValueError(f"{len(failed)} trials failed, and the report is of the others; first: {failed[0]}")
+    return sweeps.summary(points, winner, metric, job.out)
+
+
+def budgets_of(whole: int, compare_at: Sequence[int]) -> list[int]:
+    """The whole budget, after those of ``compare_at`` that are smaller."""
+    return [*sorted({budget for budget in compare_at if budget < whole}), whole]
 
 
 def concurrency(resources: Mapping[str, float], config: SearchConfig, workers: int) -> int:

@@ -174,7 +174,7 @@ def _lines(axes: Any, shown: Sequence[tuple[Point, Estimate]], winner: Point, bu
             capsize=3,
             color=f"C{labels.index(key[1:])}",
             alpha=1.0 if key[0] == winner.budget else 0.35,
-            label=", ".join(filter(None, [said, f"{key[0]:,} {budget}" if budget else ""])) or None,
+            label=", ".join(filter(None, [said, f"{budget} {key[0]:,}" if budget else ""])) or None,
         )
         for point, estimate in members:
             if point is winner:
