@@ -10,7 +10,8 @@ import pytest
 
 from palate import artifacts
 from palate.card.stages import ADAPTERS
-from palate.corpora.worlds import personas
+from palate.corpora.worlds import personas, shapes
+from palate.models.diffusion import load_diffusion
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,6 +104,43 @@ def test_decoding_is_swept_without_training_again(folder, clusters):
     best = json.loads((folder / "decoding/best.json").read_text())
     assert best["users"] == "test"
     assert (best["decoding_beta"], best["decoding_top_k"]) == min(bits, key=bits.get)
+
+
+def test_kl_betas_are_compared_over_seeds_and_the_job_takes_the_best(folder):
+    shapes.prepare(
+        shapes.ShapesConfig(out=f"{folder}/lists", scenes=40, pool=8, lists=12, examples=1, tests=1, users=4)
+    )
+    load_diffusion("shapes").pipeline.save_pretrained(folder / "base")
+    flags = ["lpo", "--lists", "lists", "--model", "base", "--resolution", "16", "--steps", "2", "--max-prompts", "4"]
+    flags += [
+        "--batch",
+        "4",
+        "--learning-rate",
+        "1e-3",
+        "--sampler-steps",
+        "2",
+        "--grid",
+        "0",
+        "--captions-of",
+        "examples",
+    ]
+    flags += ["--try-kl-betas", "500", "5000", "--try-seeds", "2", "--images-per-prompt", "1", "--concurrent", "1"]
+    done = call("tune/betas.py", *flags, "--out", "kl", folder=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    points = json.loads((folder / "kl/report/report.json").read_text())["points"]
+    assert [(point["values"]["kl_beta"], point["budget"], point["runs"]) for point in points] == [
+        (500, 2, 2),
+        (5000, 2, 2),
+    ]
+    for point in points:
+        assert 0 <= point["metric"]["value"] <= 1
+        assert "drift" in point["others"]
+    best = json.loads((folder / "kl/best.json").read_text())
+    assert best["learn"]["kl_beta"] in (500.0, 5000.0)
+    assert best["tune"]["steps"] == 2
+    again = call("jobs/lpo.py", "--config", "kl/best.json", "--out", "tuned", folder=folder)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert list((folder / "tuned/tuned/lora").glob("*.safetensors"))
 
 
 def test_what_cannot_be_swept_is_said_before_ray_starts(folder, clusters):
