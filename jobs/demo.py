@@ -83,7 +83,7 @@ class DemoConfig:
     """Of training the image generator from nothing."""
     scenes: bool = scale(True)
     """And with scenes of one object: UniHetero on questions about coloured shapes."""
-    scene_steps: int = 400
+    scene_steps: int = 320
     """Of training the unified model, 8 scenes each."""
     fresh: bool = scale(False)
     """Discard what --out holds and begin anew."""
@@ -252,7 +252,13 @@ def ask_about_a_scene(config: DemoConfig) -> None:
     folder = partial(join, config.out)
     corpus = scenes.prepare(
         scenes.ScenesConfig(
-            out=folder("scenes"), encoder=600, train=4000, validation=1, test=60, objects=1, fresh=config.fresh
+            out=folder("scenes"),
+            encoder=600,
+            train=8 * config.scene_steps,
+            validation=1,
+            test=60,
+            objects=1,
+            fresh=config.fresh,
         )
     )
     index = captions.prepare(

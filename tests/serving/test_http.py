@@ -12,6 +12,7 @@ import torch
 from palate.models.causal_lm import load_causal_lm, render_chat
 from palate.serving.http import PERSONALIZATION
 from palate.serving.text import decode
+from palate.users.database import DatabaseUnavailable
 from palate.users.keys import create_key
 
 TEXTS = [{"input": f"Describe thing {n}.", "output": f"Well!!! thing {n} is grand, grand, grand."} for n in range(6)]
@@ -309,6 +310,25 @@ def test_texts_that_are_none_are_refused(http, texts):
     assert answer.status_code == 400
     assert answer.json()["error"]["param"].startswith("texts")
     assert http.get("/v1/users/eve").status_code == 404
+
+
+def test_while_the_database_is_away_requests_are_told_to_come_back(server, http, monkeypatch):
+    body = {"model": "palate", "user": "ann", "messages": [{"role": "user", "content": "hello"}]}
+
+    def away(*arguments):
+        raise DatabaseUnavailable("secret-host does not answer")
+
+    monkeypatch.setattr("palate.serving.http.authenticate", away)
+    asked = [http.post("/v1/chat/completions", json=body)]
+    monkeypatch.undo()
+    monkeypatch.setattr(server[1].store, "put_history", away)
+    asked.append(http.put("/v1/users/ann", json={"texts": TEXTS}))
+    for answer in asked:
+        assert answer.status_code == 503, answer.text
+        assert answer.headers["Retry-After"] == "2"
+        assert answer.headers["X-Request-Id"]
+        assert answer.json()["error"]["code"] == "database_unavailable"
+        assert "secret-host" not in answer.text
 
 
 def test_health_and_metrics(server, http, client):

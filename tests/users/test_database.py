@@ -15,11 +15,11 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import inspect, text
+from sqlalchemy import event, inspect, text
 from sqlalchemy.exc import DBAPIError
 
 from palate.users import database, schema
-from palate.users.database import VERSION_TABLE, Database, NewerDatabase, connect
+from palate.users.database import VERSION_TABLE, Database, DatabaseUnavailable, NewerDatabase, connect
 from palate.users.store import PastText, open_store
 
 LATER = '''
@@ -317,8 +317,30 @@ def test_a_database_that_cannot_be_opened_says_so(tmp_path):
     (tmp_path / "file").write_text("no database, but long enough to be read as the header of one" * 20)
     with pytest.raises(Exception, match="not a database"):
         open_store(f"sqlite:///{tmp_path}/file")
-    with pytest.raises(DBAPIError, match=r"(?i)connection"):
+    with pytest.raises(DatabaseUnavailable, match=r"(?i)connection"):
         open_store("postgresql://palate@127.0.0.1:1/palate")
+
+
+def test_a_database_without_room_is_told_from_a_wrong_statement_and_keeps_nothing_of_the_transaction(tmp_path):
+    with open_store(f"sqlite:///{tmp_path}/palate.db") as store:
+        store.put_history("acme", "ann", [PastText("", "kept")])
+
+        @event.listens_for(store.engine, "connect")
+        def fill(connection, record):
+            pages = connection.execute("PRAGMA page_count").fetchone()[0]
+            connection.execute(f"PRAGMA max_page_count = {pages + 2}")
+
+        store.engine.dispose()
+        with pytest.raises(DatabaseUnavailable, match="full"):
+            store.put_history("acme", "ann", [PastText("", "x" * 100_000)])
+        assert store.export("acme", "ann")["texts"][0]["output"] == "kept"
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_a_connection_that_the_server_ends_is_said_to_be_away_and_the_next_one_works(store):
+    with pytest.raises(DatabaseUnavailable), store.write() as connection:
+        connection.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+    store.put_history("acme", "ann", [PastText("", "here")])
 
 
 def test_the_server_does_not_run_as_root(postgres_server):

@@ -5,8 +5,8 @@ import threading
 import time
 
 import pytest
-from sqlalchemy.exc import DBAPIError
 
+from palate.users.database import DatabaseUnavailable
 from palate.users.store import PastText, open_store
 from toy_postgres import Server, admin, postgres_url
 
@@ -21,7 +21,15 @@ def server():
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGQUIT], ids=["in-order", "crash"])
 def test_what_was_answered_is_there_after_a_restart_and_the_store_goes_on(server, ending):
     admin(str(server.folder), "CREATE DATABASE people")
-    answered, failed, stop = [], [], threading.Event()
+    answered, failed, other, stop = [], [], [], threading.Event()
+
+    def wait_for(numbers: list[int], more: int) -> None:
+        most, end = len(numbers) + more, time.monotonic() + 60
+        while len(numbers) < most:
+            assert not other, repr(other[0])
+            assert time.monotonic() < end, f"{len(numbers)} of {most} after a minute"
+            time.sleep(0.005)
+
     with open_store(postgres_url(str(server.folder), "people")) as store:
 
         def write() -> None:
@@ -30,27 +38,26 @@ def test_what_was_answered_is_there_after_a_restart_and_the_store_goes_on(server
                 try:
                     store.put_history("acme", f"user-{number}", [PastText("", f"text {number}")])
                     answered.append(number)
-                except DBAPIError:
+                except DatabaseUnavailable:
                     failed.append(number)
                     time.sleep(0.01)
+                except BaseException as error:
+                    other.append(error)
+                    return
                 number += 1
 
         writer = threading.Thread(target=write)
         writer.start()
-        for _ in range(2):
-            before = len(answered)
-            while len(answered) < before + 20:
-                time.sleep(0.005)
-            server.stop(ending)
-            gone = len(failed)
-            while len(failed) < gone + 3:  # it is away, and says so at once
-                time.sleep(0.005)
-            server.start()
-        before = len(answered)
-        while len(answered) < before + 20:  # the same store, without being opened again
-            time.sleep(0.005)
-        stop.set()
-        writer.join()
+        try:
+            for _ in range(2):
+                wait_for(answered, 20)
+                server.stop(ending)
+                wait_for(failed, 3)  # it is away, and says so at once
+                server.start()
+            wait_for(answered, 20)  # the same store, without being opened again
+        finally:
+            stop.set()
+            writer.join()
         for number in answered:
             exported = store.export("acme", f"user-{number}")
             assert exported is not None

@@ -40,7 +40,7 @@ from palate.serving.text import decode
 from palate.serving.unified import LEAD, ServedUnified, prompt_embeddings, prompt_ids
 from palate.serving.worker import EngineFailed, Overloaded
 from palate.users.checks import require_id
-from palate.users.database import Database
+from palate.users.database import Database, DatabaseUnavailable
 from palate.users.keys import authenticate
 from palate.users.records import ExportedPerson, PastText, Person
 
@@ -123,6 +123,7 @@ def guarded_app(description: str, router: APIRouter, service: Guarded, metrics: 
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(AnyHTTPException, _http_error)
+    app.add_exception_handler(DatabaseUnavailable, _database_unavailable)
     app.add_exception_handler(Exception, _unexpected_error)
     app.add_middleware(BoundedBody, most=service.settings.max_body_bytes)
     app.add_middleware(Authenticated, service=service)
@@ -158,7 +159,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (404, "There is no such model, person or route."),
         (413, "The body is too large."),
         (429, "Too many requests of this key are under way."),
-        (503, "Too many requests wait, or the server has no run: try again."),
+        (503, "Too many requests wait, the server has no run, or its database is away: try again."),
     )
 }
 
@@ -770,7 +771,7 @@ async def _disconnected(request: Request) -> None:
 
 
 def translated(error: Exception) -> ApiError:
-    """The API's error for an engine's."""
+    """The API's error for an engine's or the database's."""
     match error:
         case Overloaded():
             return ApiError(503, str(error), code="overloaded", headers={"Retry-After": "2"})
@@ -778,6 +779,9 @@ def translated(error: Exception) -> ApiError:
             return ApiError(500, str(error), code="not_finite")
         case EngineFailed():
             return ApiError(503, f"{error}: try again", code="engine_failed", headers={"Retry-After": "2"})
+        case DatabaseUnavailable():  # its own message may say where the database is
+            text = "the database of people cannot work just now: try again"
+            return ApiError(503, text, code="database_unavailable", headers={"Retry-After": "2"})
         case ClientGone():
             return ApiError(499, "the client has closed the connection")
     return ApiError(400, str(error))
@@ -875,6 +879,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
 
 
+async def _database_unavailable(request: Request, error: Exception) -> Response:
+    assert isinstance(error, DatabaseUnavailable)
+    log.warning("the database is away", exc_info=error, extra={"request_id": request.state.request_id})
+    return translated(error).response()
+
+
 async def _unexpected_error(request: Request, error: Exception) -> Response:
     name = request.state.request_id
     log.error("unexpected error", exc_info=error, extra={"request_id": name})
@@ -925,6 +935,9 @@ class Authenticated:
                 caller = await self._caller(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
             except ApiError as error:
                 await error.response()(scope, receive, send)
+                return
+            except DatabaseUnavailable as error:
+                await translated(error).response()(scope, receive, send)
                 return
             scope.setdefault("state", {})["caller"] = caller
         await self._app(scope, receive, send)

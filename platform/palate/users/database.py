@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import pg8000.exceptions
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
@@ -22,13 +23,19 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import ColumnElement, Connection, Double, Engine, Table, cast, create_engine, event, func, literal, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from palate.users.schema import metadata
 
 SCRIPTS = Path(__file__).with_name("migrations")
 VERSION_TABLE = "palate_version"  # not alembic's own name: the database may be another program's too
 WAIT_S = 30.0  # how long a writer waits for others on SQLite
+
+# https://www.postgresql.org/docs/current/errcodes-appendix.html: connection, resources, an operator's intervention.
+_POSTGRESQL_PASSING = frozenset({"08", "53", "57"})
+_SQLITE_PASSING = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR})
+
+_AWAY = "the database of people cannot work just now"
 
 # Any number that others are unlikely to choose: who holds it upgrades the schema.
 _UPGRADE_LOCK = 7_252_835_283_001
@@ -40,28 +47,64 @@ class NewerDatabase(Exception):
     """The database was upgraded by a version of Palate that is newer than this one."""
 
 
+class DatabaseUnavailable(ConnectionError):
+    """The database is away, is starting or ending, or is out of room. What was not answered may be tried again."""
+
+
+@contextmanager
+def unavailable_said() -> Iterator[None]:
+    """Turn what says that a database cannot work just now into ``DatabaseUnavailable``; other errors stay as they are.
+
+    If it goes while a transaction is being committed, nobody knows whether it was.
+    """
+    try:
+        yield
+    except ConnectionError as error:  # pg8000 lets some of its socket's errors through
+        raise DatabaseUnavailable(f"{_AWAY} ({error})") from error
+    except DBAPIError as error:
+        if not (error.connection_invalidated or _is_passing(error.orig)):
+            raise
+        raise DatabaseUnavailable(f"{_AWAY} ({error.orig})") from error
+
+
+def _is_passing(error: BaseException | None) -> bool:
+    """Whether a driver's error is of the connection, of the server's state or of its room, not of what was asked."""
+    match error:
+        case pg8000.exceptions.InterfaceError():
+            return True
+        case sqlite3.OperationalError():
+            return error.sqlite_errorcode & 0xFF in _SQLITE_PASSING
+        case pg8000.exceptions.DatabaseError(args=[{"C": str(code)}, *_]):
+            return code[:2] in _POSTGRESQL_PASSING
+    return False
+
+
 class Database:
     """An open database with the current schema. Safe to share between threads."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._sqlite = engine.dialect.name == "sqlite"
-        if self._sqlite:
-            self._reads, self._writes = engine, engine.execution_options(palate_write=True)
-        else:
-            self._reads = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-            self._writes = engine.execution_options(isolation_level="READ COMMITTED")
+        self._writes = engine.execution_options(palate_write=True)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A transaction that sees one state of the database throughout and writes nothing."""
-        with self._reads.begin() as connection:
+        """A transaction that sees one state of the database throughout and writes nothing.
+
+        Raises:
+            DatabaseUnavailable: it cannot work just now.
+        """
+        with unavailable_said(), self.engine.begin() as connection:
             yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """A transaction that is committed at the end of the block, or undone by an exception."""
-        with self._writes.begin() as connection:
+        """A transaction that is committed at the end of the block, or undone by an exception.
+
+        Raises:
+            DatabaseUnavailable: it cannot work just now.
+        """
+        with unavailable_said(), self._writes.begin() as connection:
             yield connection
 
     def insert_new(self, table: Table) -> Any:
@@ -210,7 +253,16 @@ def _postgresql_engine(url: URL) -> Engine:
             )
     password = url.password or os.environ.get("PGPASSWORD")
     plain = url.set(drivername="postgresql+pg8000", query={}, password=password)
-    return create_engine(plain, pool_pre_ping=True, connect_args=arguments, hide_parameters=True)  # no text in a log
+    engine = create_engine(plain, pool_pre_ping=True, connect_args=arguments, hide_parameters=True)  # no text in a log
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # Of the transaction rather than of the session, as isolation_level would be, which costs two round trips more.
+        write = connection.get_execution_options().get("palate_write")
+        level = "READ COMMITTED, READ WRITE" if write else "REPEATABLE READ, READ ONLY"
+        connection.exec_driver_sql(f"SET TRANSACTION ISOLATION LEVEL {level}")
+
+    return engine
 
 
 def _sqlite_engine(url: URL, expected: str) -> Engine:
