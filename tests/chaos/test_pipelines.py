@@ -1,0 +1,260 @@
+"""Faults injected into the three pipelines, each run whole.
+
+After each: what was committed is there and unchanged, whatever a reader finds is whole, and the run that went on ends
+with the same bits as one that was not broken. Random moments and places are drawn from a seed, which is printed.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import struck
+from palate import artifacts
+from recoveries import record, wait_for
+from strikes import POINTS, Strike, done_again
+from toy_nodes import Nodes, ray_nodes
+from toy_pipelines import PIPELINES, TWO_RANKS, Pipeline, build_inputs, committed, last_step, newest, outcome, stages
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
+each_pipeline = pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda pipeline: pipeline.name)
+
+SEED = int(os.environ.get("PALATE_CHAOS_SEED", "0"))
+
+
+@pytest.fixture
+def chance(request: pytest.FixtureRequest) -> random.Random:
+    """What a test draws from; its seed is shown where the test fails."""
+    seed = f"{SEED} {request.node.name}"
+    print(f"drawn from {seed!r}; PALATE_CHAOS_SEED=N draws others")
+    return random.Random(seed)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Pipeline], Path]:
+    """The folder of a pipeline's unbroken run, in one process."""
+    made: dict[str, Path] = {}
+
+    def run(pipeline: Pipeline) -> Path:
+        if pipeline.name not in made:
+            out = tmp_path_factory.mktemp("whole") / pipeline.name
+            with Run(pipeline.job(inputs, out), out.with_suffix(".txt")) as process:
+                assert process.wait() == 0, process.words()
+            made[pipeline.name] = out
+        return made[pipeline.name]
+
+    return run
+
+
+class Run:
+    """A job in a forked process: to be waited for, or killed."""
+
+    def __init__(self, job: list[str], output: Path, *armed: Strike, **environment: str) -> None:
+        self.output = output
+        self._process = struck.start(armed, job, output, **environment)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def wait(self, seconds: float = 300) -> int | None:
+        """The exit status; None while it runs."""
+        self._process.join(seconds)
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """SIGKILL, which must be what ends it."""
+        self._process.kill()
+        self._process.join()
+        assert self._process.exitcode == -signal.SIGKILL, self.words()
+
+    def ended(self) -> str | None:
+        code = self._process.exitcode
+        return None if code is None else f"the job ended with {code}:\n{self.words()}"
+
+    def words(self) -> str:
+        return self.output.read_text()[-4000:]
+
+
+class Kept:
+    """What a run has committed, fault after fault."""
+
+    def __init__(self, out: str | Path) -> None:
+        self.out = out
+        self._stages: dict[str, tuple[str, str]] = {}
+        self._newest: dict[str, str] = {}
+
+    def check(self) -> None:
+        """All that was finished before is there as it was, and all that is finished is whole."""
+        found = committed(self.out)
+        present, latest = stages(found), newest(found)
+        assert self._stages.items() <= present.items(), "a finished stage was lost or made again"
+        for training, step in self._newest.items():
+            assert latest[training] >= step, f"{training} lost the checkpoint {step}"
+        self._stages, self._newest = present, latest
+
+
+def steps_beyond(pipeline: Pipeline, out: str | Path) -> Callable[[], bool]:
+    """Whether there is progress beyond what there is now: a later step of the training, or a stage more."""
+    log, before = artifacts.join(out, pipeline.log), last_step(artifacts.join(out, pipeline.log))
+    there = set(stages(committed(out)))
+    return lambda: last_step(log) > before or bool(finished_places(out) - there)
+
+
+def finished_places(out: str | Path) -> set[str]:
+    filesystem, root = artifacts.locate(out)
+    found = (path.removeprefix(f"{root}/") for path in filesystem.find(root))
+    ends = f"/{artifacts.MANIFEST}"
+    return {path.removesuffix(ends) for path in found if path.endswith(ends) and "/checkpoints/" not in path}
+
+
+@each_pipeline
+def test_killed_again_and_again(
+    pipeline: Pipeline, inputs: Path, whole: Callable[[Pipeline], Path], tmp_path: Path, chance: random.Random
+) -> None:
+    """Alternately at a random moment and at a random fault point of a random artifact, checkpoints among them."""
+    expected, out = whole(pipeline), tmp_path / "run"
+    job, kept, kills = pipeline.job(inputs, out), Kept(out), 0
+    for start in range(7):
+        strike = Strike(str(tmp_path / f"strike-{start}"), chance.randint(1, 3), point=chance.choice(POINTS))
+        goes_on = steps_beyond(pipeline, out)
+        strikes = start % 2 == 1
+        with Run(job, tmp_path / "words.txt", *([strike] if strikes else [])) as run:
+            seconds = wait_for(lambda: goes_on() or (strikes and strike.reached()), "progress", run.ended)
+            if start and goes_on():
+                record("process killed", pipeline.name, seconds)
+            if strikes:
+                wait_for(lambda: strike.reached() or run.wait(0) == 0, "the strike", run.ended)
+            else:
+                run.wait(chance.uniform(0, 1))
+            if run.wait(0) == 0:
+                break
+            run.kill()
+            kills += 1
+        kept.check()
+    print(f"{kills} kills")
+    assert kills >= 4
+    with Run(job, tmp_path / "words.txt") as run:
+        assert run.wait() == 0, run.words()
+    kept.check()
+    assert outcome(pipeline, out) == outcome(pipeline, expected)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """One cluster for all: a head without work on it, and two nodes that may be lost."""
+    with ray_nodes() as started:
+        yield started
+
+
+class Driver:
+    """A job that runs on the cluster; its process is the driver, which joins from outside."""
+
+    def __init__(self, nodes: Nodes, job: list[str], output: Path, *armed: Strike) -> None:
+        self.output = output
+        with output.open("ab") as words:
+            self.process = subprocess.Popen(
+                struck.command(armed, job), env=nodes.environment, stdout=words, stderr=subprocess.STDOUT
+            )
+
+    def __enter__(self) -> "Driver":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def kill(self) -> None:
+        self.process.kill()
+        assert self.process.wait() == -signal.SIGKILL, self.words()
+
+    def ended(self) -> str | None:
+        code = self.process.poll()
+        return None if code is None else f"the driver ended with {code}:\n{self.words()}"
+
+    def words(self) -> str:
+        return self.output.read_text()[-6000:]
+
+
+def stopped(strike: Strike) -> int:
+    """The process that waits where the strike says."""
+    return json.loads(Path(strike.marker).read_text())["pid"]
+
+
+def kill(pid: int) -> None:
+    """SIGKILL, and the process must be gone."""
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not Path(f"/proc/{pid}").exists(), f"the end of process {pid}", lambda: None, 30)
+
+
+@each_pipeline
+def test_workers_a_node_and_the_driver_are_lost_in_one_training(
+    pipeline: Pipeline, inputs: Path, nodes: Nodes, tmp_path: Path, chance: random.Random
+) -> None:
+    """Two ranks on two nodes; against two ranks of Ray that nothing happened to."""
+    expected, out = tmp_path / "whole", tmp_path / "run"
+    with Driver(nodes, pipeline.job(inputs, expected, *TWO_RANKS), tmp_path / "whole.txt") as driver:
+        assert driver.process.wait(300) == 0, driver.words()
+    log, kept = out / pipeline.log, Kept(out)
+    at_a_save = Strike(
+        str(tmp_path / "at-a-save"), chance.randint(1, 2), point=chance.choice(POINTS), after=str(tmp_path / "first")
+    )
+
+    def train_to(step: int, driver: Driver) -> None:
+        wait_for(lambda: last_step(log) >= step, f"step {step}", driver.ended)
+        assert not artifacts.exists(out / pipeline.last), "the run ended before its fault"
+
+    def workers() -> list[int]:
+        found = nodes.workers("ray::RayTrainWorker")
+        assert len(found) == 2, found
+        return found
+
+    def strike(fault: str, act: Callable[[], object], driver: Driver) -> None:
+        goes_on = steps_beyond(pipeline, out)
+        act()
+        kept.check()
+        record(fault, pipeline.name, wait_for(goes_on, f"progress after: {fault}", driver.ended))
+
+    job = pipeline.job(inputs, out, *TWO_RANKS)
+    with Driver(nodes, job, tmp_path / "run.txt", at_a_save) as driver:
+        train_to(chance.randint(3, pipeline.steps // 4), driver)
+        strike("Train worker killed", lambda: kill(chance.choice(workers())), driver)
+
+        (tmp_path / "first").touch()
+        wait_for(at_a_save.reached, "the strike in a checkpoint", driver.ended)
+        strike("Train worker killed in a checkpoint", lambda: kill(stopped(at_a_save)), driver)
+
+        train_to(last_step(log) + chance.randint(2, pipeline.steps // 8), driver)
+
+        def lose_a_node() -> None:
+            victim = chance.choice(workers())
+            assert nodes.end(victim) == 1
+            assert not Path(f"/proc/{victim}").exists()
+            assert nodes.add() == 2
+
+        strike("node lost, and another added", lose_a_node, driver)
+        train_to(last_step(log) + chance.randint(2, pipeline.steps // 8), driver)
+        goes_on = steps_beyond(pipeline, out)
+        driver.kill()
+    kept.check()
+    with Driver(nodes, job, tmp_path / "run.txt") as driver:
+        record("driver killed, started again", pipeline.name, wait_for(goes_on, "progress", driver.ended))
+        assert driver.process.wait(300) == 0, driver.words()
+    kept.check()
+    assert outcome(pipeline, out) == outcome(pipeline, expected)

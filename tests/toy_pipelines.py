@@ -1,0 +1,134 @@
+"""The three pipelines as small jobs, the order of their progress, and what two runs of one must have in common."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import toy_lists
+from palate import artifacts
+from palate.corpora.worlds import personas
+from palate.models.diffusion import load_diffusion
+from palate.training.logging import LOG
+from toy_unihetero import build_parts
+
+JOBS = Path(__file__).resolve().parents[1] / "jobs"
+TWO_RANKS = ("--launcher", "ray", "--workers", "2", "--gpu", "False")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One of the three. ``log``: the folder, below the run's, where its training of ``steps`` logs; ``last``: the
+    artifact that ends it."""
+
+    name: str
+    script: str
+    flags: str
+    log: str
+    last: str
+    steps: int
+
+    def job(self, inputs: Path, out: str | Path, *more: str) -> list[str]:
+        """The command line, from the script on."""
+        flags = shlex.split(self.flags.format(inputs=inputs))
+        return [str(JOBS / self.script), *flags, "--out", str(out), *more]
+
+
+CARD = Pipeline(
+    "card",
+    "card.py",
+    """--corpus {inputs}/personas --model tiny --clusters 2 --max-prompt-tokens 200 --max-answer-tokens 12 --rank 2
+    --epochs 20 --batch 8 --checkpoint-every 5 --people-per-shard 3 --top-k 10 --cluster-texts 0 --other-texts 1
+    --width 4 --head-epochs 2 --head-precision 60 --vector-deviation 1""",
+    "training/adapters",
+    "head",
+    60,
+)
+LPO = Pipeline(
+    "lpo",
+    "lpo.py",
+    """--lists {inputs}/lists --model {inputs}/base --resolution 16 --latent-dtype float32 --encode-batch 32
+    --kl-beta 50 --steps 40 --batch 4 --learning-rate 3e-3 --checkpoint-every 5 --sampler-steps 2 --grid 2""",
+    "training",
+    "tuned",
+    40,
+)
+UNIHETERO = Pipeline(
+    "unihetero",
+    "unihetero.py",
+    """train --corpus {inputs}/parts/index --language {inputs}/parts/language --vision {inputs}/parts/vision
+    --vae {inputs}/parts/vae --arm decoder --cache {inputs}/parts/cache --steps 40 --batch 6 --micro-batch 2
+    --checkpoint-every 5""",
+    "training",
+    "model",
+    40,
+)
+PIPELINES = (CARD, LPO, UNIHETERO)
+
+
+def build_inputs(folder: Path) -> Path:
+    """What the jobs of the three read."""
+    personas.prepare(personas.PersonasConfig(out=f"{folder}/personas", people=8, items=6, questions=1))
+    toy_lists.lists(folder / "lists")
+    load_diffusion("shapes").pipeline.save_pretrained(folder / "base")
+    (folder / "parts").mkdir()
+    build_parts(folder / "parts")
+    return folder
+
+
+def rows(log: str | Path) -> list[dict[str, Any]]:
+    """The rows of a log that may be being written: a last line that is not whole yet is left out."""
+    filesystem, root = artifacts.locate(log)
+    try:
+        lines = filesystem.cat_file(f"{root}/{LOG}").decode(errors="replace").split("\n")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def last_step(log: str | Path) -> int:
+    """The number of the last step that a log has; 0 without any."""
+    found = rows(log)
+    return found[-1]["step"] if found else 0
+
+
+def committed(out: str | Path) -> dict[str, artifacts.Artifact]:
+    """Every finished artifact below a folder, by its path in it; each is read whole and compared with its manifest."""
+    filesystem, root = artifacts.locate(out)
+    if not filesystem.exists(root):
+        return {}
+    found = {}
+    for manifest in sorted(filesystem.find(root)):
+        if manifest.rpartition("/")[2] == artifacts.MANIFEST:
+            place = manifest.removeprefix(f"{root}/").rpartition("/")[0]
+            try:
+                found[place] = artifacts.open_artifact(artifacts.join(out, place)).verify()
+            except artifacts.ArtifactMissing:
+                continue  # a manifest that was cut off: nobody reads the folder
+    return found
+
+
+def stages(found: Mapping[str, artifacts.Artifact]) -> dict[str, tuple[str, str]]:
+    """Digest and time of what was committed; not of checkpoints, which go when later ones are there."""
+    return {place: (one.digest, one.created) for place, one in found.items() if "/checkpoints/" not in place}
+
+
+def newest(found: Mapping[str, artifacts.Artifact]) -> dict[str, str]:
+    """The newest checkpoint of each training."""
+    places = sorted(place for place in found if "/checkpoints/" in place)
+    return {place.partition("/checkpoints/")[0]: place.rpartition("/")[2] for place in places}
+
+
+def outcome(pipeline: Pipeline, out: str | Path) -> dict[str, Any]:
+    """What two runs of one pipeline have in common to the last bit: the files of its stages (but for texts that name
+    the run's folder), and each step's batch and loss."""
+    files: dict[str, Any] = {}
+    for place, one in committed(out).items():
+        if "/checkpoints/" not in place:
+            files |= {f"{place}/{entry.path}": entry.sha256 for entry in one.files if not entry.path.endswith(".md")}
+            if "report.json" in one.paths():  # with how long it took
+                files[f"{place}/report.json"] = {**one.read_json("report.json"), "seconds": None}
+    trace = [(row["step"], row["fingerprint"], row["loss"].hex()) for row in rows(artifacts.join(out, pipeline.log))]
+    return {"files": files, "trace": trace}
