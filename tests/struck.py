@@ -12,7 +12,8 @@ import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,23 @@ from palate.corpora.preparation import Step
 from palate.distributed import launch as launching
 from strikes import Strike
 
-FORKS = multiprocessing.get_context("forkserver")
-# What the jobs import, in seconds; so that each process begins with it.
-FORKS.set_forkserver_preload(
-    ["struck", "palate.card.stages", "palate.lpo.stages", "palate.unihetero.stages", "palate.serving.answers"]
-    + ["torch._dynamo", "s3fs", "torch.utils.tensorboard"]
-)
+TESTS = Path(__file__).resolve().parent
+PATH = os.pathsep.join([str(TESTS), str(TESTS.parent / "platform")])
+
+
+@cache
+def forks() -> Any:
+    """Where processes are forked from: one that has imported what the jobs import in seconds."""
+    context = multiprocessing.get_context("forkserver")
+    heavy = ["struck", "palate.card.stages", "palate.lpo.stages", "palate.unihetero.stages", "palate.serving.answers"]
+    context.set_forkserver_preload([*heavy, "torch._dynamo", "s3fs", "torch.utils.tensorboard"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = PATH  # the server imports as pytest does
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    return context
 
 
 def command(armed: Sequence[Strike], job: Sequence[str]) -> list[str]:
@@ -64,7 +76,7 @@ def process(armed: Sequence[Strike], job: Sequence[str], environment: Mapping[st
 
 def start(armed: Sequence[Strike], job: Sequence[str], output: Path, **environment: str) -> Any:
     """A forked process with this job; ended by its caller, who waits for it too."""
-    started = FORKS.Process(target=process, args=(list(armed), list(job), environment, str(output)))
+    started = forks().Process(target=process, args=(list(armed), list(job), environment, str(output)))
     started.start()
     return started
 

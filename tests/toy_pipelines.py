@@ -12,6 +12,7 @@ from palate import artifacts
 from palate.corpora.worlds import personas
 from palate.models.diffusion import load_diffusion
 from palate.training.logging import LOG
+from toy_captions import mixed
 from toy_unihetero import build_parts
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
@@ -20,8 +21,12 @@ TWO_RANKS = ("--launcher", "ray", "--workers", "2", "--gpu", "False")
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One of the three. ``log``: the folder, below the run's, where its training of ``steps`` logs; ``last``: the
-    artifact that ends it."""
+    """One of the three.
+
+    ``log``: the folder, below the run's, where its training of ``steps`` logs; ``last``: the artifact that
+    ends it. ``preparation``: the job, with its flags, whose tasks Ray Data runs; ``tasks``: three of these in their
+    order, by the label of their step and their position in it.
+    """
 
     name: str
     script: str
@@ -29,11 +34,18 @@ class Pipeline:
     log: str
     last: str
     steps: int
+    preparation: str
+    tasks: tuple[tuple[str, int], ...]
 
     def job(self, inputs: Path, out: str | Path, *more: str) -> list[str]:
         """The command line, from the script on."""
         flags = shlex.split(self.flags.format(inputs=inputs))
         return [str(JOBS / self.script), *flags, "--out", str(out), *more]
+
+    def prepare(self, inputs: Path, out: Path, *more: str) -> list[str]:
+        """The command line of the preparation."""
+        script, *flags = shlex.split(self.preparation.format(inputs=inputs))
+        return [str(JOBS / script), *flags, "--out", str(out), *more]
 
 
 CARD = Pipeline(
@@ -45,6 +57,8 @@ CARD = Pipeline(
     "training/adapters",
     "head",
     60,
+    "prepare.py jsonl --input {inputs}/texts/0.jsonl {inputs}/texts/1.jsonl --questions-per-user 1 --buckets 2",
+    (("read", 1), ("assign", 0), ("finish", 1)),
 )
 LPO = Pipeline(
     "lpo",
@@ -54,6 +68,9 @@ LPO = Pipeline(
     "training",
     "tuned",
     40,
+    """lpo.py --lists {inputs}/lists --model {inputs}/base --resolution 16 --latent-dtype float32 --encode-batch 32
+    --kl-beta 50 --steps 1 --batch 4 --sampler-steps 2 --grid 0""",
+    (("encode images", 1), ("encode images", 0), ("encode captions", 0)),
 )
 UNIHETERO = Pipeline(
     "unihetero",
@@ -64,6 +81,8 @@ UNIHETERO = Pipeline(
     "training",
     "model",
     40,
+    "prepare.py captions --input {inputs}/shards/* --group-samples 12",
+    (("scan", 2), ("find duplicates", 0), ("publish", 1)),
 )
 PIPELINES = (CARD, LPO, UNIHETERO)
 
@@ -73,6 +92,15 @@ def build_inputs(folder: Path) -> Path:
     personas.prepare(personas.PersonasConfig(out=f"{folder}/personas", people=8, items=6, questions=1))
     toy_lists.lists(folder / "lists")
     load_diffusion("shapes").pipeline.save_pretrained(folder / "base")
+    mixed(folder / "shards")
+    (folder / "texts").mkdir()
+    for half in range(2):
+        lines = [
+            {"user_id": f"user-{half}-{user}", "input": f"thing {item}", "output": f"{'well ' * user} it is {item}"}
+            for user in range(4)
+            for item in range(6)
+        ]
+        (folder / "texts" / f"{half}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "parts").mkdir()
     build_parts(folder / "parts")
     return folder
@@ -122,13 +150,18 @@ def newest(found: Mapping[str, artifacts.Artifact]) -> dict[str, str]:
 
 
 def outcome(pipeline: Pipeline, out: str | Path) -> dict[str, Any]:
-    """What two runs of one pipeline have in common to the last bit: the files of its stages (but for texts that name
-    the run's folder), and each step's batch and loss."""
+    """What two runs of one pipeline have in common to the last bit: the files of its stages, and each step's batch and
+    loss."""
+    trace = [(row["step"], row["fingerprint"], row["loss"].hex()) for row in rows(artifacts.join(out, pipeline.log))]
+    return {"files": contents(out), "trace": trace}
+
+
+def contents(out: str | Path) -> dict[str, Any]:
+    """The files of the finished stages below a folder, but for texts that name the folder."""
     files: dict[str, Any] = {}
     for place, one in committed(out).items():
         if "/checkpoints/" not in place:
             files |= {f"{place}/{entry.path}": entry.sha256 for entry in one.files if not entry.path.endswith(".md")}
             if "report.json" in one.paths():  # with how long it took
                 files[f"{place}/report.json"] = {**one.read_json("report.json"), "seconds": None}
-    trace = [(row["step"], row["fingerprint"], row["loss"].hex()) for row in rows(artifacts.join(out, pipeline.log))]
-    return {"files": files, "trace": trace}
+    return files

@@ -14,6 +14,7 @@ Two writers of one folder at the same time are not supported: give each run its 
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -27,6 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
+from safetensors import SafetensorError
 
 from palate import __version__
 from palate import config as configs
@@ -310,7 +312,8 @@ def writing(
     fault_hook("before data")
     with tempfile.TemporaryDirectory(prefix="palate-") as temporary:
         writer = Writer(url=_absolute(url), folder=Path(root if local else temporary))
-        yield writer
+        with disk_errors():
+            yield writer
         fault_hook("after data")
         entries = _publish(writer.folder, filesystem, root, local)
     fault_hook("before manifest")
@@ -327,6 +330,18 @@ def writing(
     _write(filesystem, root, MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
     fault_hook("after manifest")
     filesystem.rm_file(f"{root}/{MARKER}")
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Let what the disk refuses (full, say) be an ``OSError`` where safetensors writes, too, as it is elsewhere."""
+    try:
+        yield
+    except SafetensorError as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(found.group(1))
+            raise OSError(number, os.strerror(number)) from error
+        raise
 
 
 def discard(url: str | Path) -> None:

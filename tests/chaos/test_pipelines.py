@@ -9,20 +9,32 @@ import os
 import random
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import struck
+from cut_uploads import Proxy
 from palate import artifacts
 from recoveries import record, wait_for
 from strikes import POINTS, Strike, done_again
-from toy_nodes import Nodes, ray_nodes
-from toy_pipelines import PIPELINES, TWO_RANKS, Pipeline, build_inputs, committed, last_step, newest, outcome, stages
+from toy_cluster import free_ports
+from toy_nodes import Nodes, command_line, ray_nodes
+from toy_pipelines import (
+    PIPELINES,
+    TWO_RANKS,
+    Pipeline,
+    build_inputs,
+    committed,
+    contents,
+    last_step,
+    newest,
+    outcome,
+    stages,
+)
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 each_pipeline = pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda pipeline: pipeline.name)
@@ -131,23 +143,29 @@ def test_killed_again_and_again(
     """Alternately at a random moment and at a random fault point of a random artifact, checkpoints among them."""
     expected, out = whole(pipeline), tmp_path / "run"
     job, kept, kills = pipeline.job(inputs, out), Kept(out), 0
-    for start in range(7):
-        strike = Strike(str(tmp_path / f"strike-{start}"), chance.randint(1, 3), point=chance.choice(POINTS))
+
+    def start_and_kill(*strikes: Strike) -> bool:
+        """Whether it was killed, before its end."""
         goes_on = steps_beyond(pipeline, out)
-        strikes = start % 2 == 1
-        with Run(job, tmp_path / "words.txt", *([strike] if strikes else [])) as run:
-            seconds = wait_for(lambda: goes_on() or (strikes and strike.reached()), "progress", run.ended)
-            if start and goes_on():
+        with Run(job, tmp_path / "words.txt", *strikes) as run:
+            seconds = wait_for(lambda: goes_on() or any(one.reached() for one in strikes), "progress", run.ended)
+            if kills and goes_on():
                 record("process killed", pipeline.name, seconds)
             if strikes:
-                wait_for(lambda: strike.reached() or run.wait(0) == 0, "the strike", run.ended)
+                wait_for(lambda: strikes[0].reached() or run.wait(0) == 0, "the strike", run.ended)
             else:
                 run.wait(chance.uniform(0, 1))
             if run.wait(0) == 0:
-                break
+                return False
             run.kill()
-            kills += 1
+            return True
+
+    for start in range(7):
+        strike = Strike(str(tmp_path / f"strike-{start}"), chance.randint(1, 3), point=chance.choice(POINTS))
+        if not start_and_kill(*([strike] if start % 2 else [])):
+            break
         kept.check()
+        kills += 1
     print(f"{kills} kills")
     assert kills >= 4
     with Run(job, tmp_path / "words.txt") as run:
@@ -200,17 +218,39 @@ def stopped(strike: Strike) -> int:
 def kill(pid: int) -> None:
     """SIGKILL, and the process must be gone."""
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not Path(f"/proc/{pid}").exists(), f"the end of process {pid}", lambda: None, 30)
+    wait_for_end(pid)
+
+
+def lose_node_of(pid: int, nodes: Nodes) -> None:
+    """The node goes that a process is on, and the process with it; another node comes."""
+    assert nodes.end(pid) == 1
+    wait_for_end(pid)
+    assert nodes.add() == 2
+
+
+def wait_for_end(pid: int) -> None:
+    wait_for(lambda: not command_line(pid), f"the end of process {pid}", lambda: None, 60)
+
+
+def train_on_two_ranks(job: list[str], folder: Path) -> None:
+    """The job as torchrun would start it, in two forked processes."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": "2"}
+    with ExitStack() as stack:
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        runs = [Run(job, folder / f"rank-{rank['RANK']}.txt", **place, **rank) for rank in ranks]
+        for run in runs:
+            stack.enter_context(run)
+        for run in runs:
+            assert run.wait() == 0, run.words()
 
 
 @each_pipeline
 def test_workers_a_node_and_the_driver_are_lost_in_one_training(
     pipeline: Pipeline, inputs: Path, nodes: Nodes, tmp_path: Path, chance: random.Random
 ) -> None:
-    """Two ranks on two nodes; against two ranks of Ray that nothing happened to."""
+    """Two ranks on two nodes; against two ranks that nothing happened to, which need no cluster."""
     expected, out = tmp_path / "whole", tmp_path / "run"
-    with Driver(nodes, pipeline.job(inputs, expected, *TWO_RANKS), tmp_path / "whole.txt") as driver:
-        assert driver.process.wait(300) == 0, driver.words()
+    train_on_two_ranks(pipeline.job(inputs, expected, "--launcher", "torchrun"), tmp_path)
     log, kept = out / pipeline.log, Kept(out)
     at_a_save = Strike(
         str(tmp_path / "at-a-save"), chance.randint(1, 2), point=chance.choice(POINTS), after=str(tmp_path / "first")
@@ -242,13 +282,7 @@ def test_workers_a_node_and_the_driver_are_lost_in_one_training(
 
         train_to(last_step(log) + chance.randint(2, pipeline.steps // 8), driver)
 
-        def lose_a_node() -> None:
-            victim = chance.choice(workers())
-            assert nodes.end(victim) == 1
-            assert not Path(f"/proc/{victim}").exists()
-            assert nodes.add() == 2
-
-        strike("node lost, and another added", lose_a_node, driver)
+        strike("node lost, and another added", lambda: lose_node_of(chance.choice(workers()), nodes), driver)
         train_to(last_step(log) + chance.randint(2, pipeline.steps // 8), driver)
         goes_on = steps_beyond(pipeline, out)
         driver.kill()
@@ -258,3 +292,129 @@ def test_workers_a_node_and_the_driver_are_lost_in_one_training(
         assert driver.process.wait(300) == 0, driver.words()
     kept.check()
     assert outcome(pipeline, out) == outcome(pipeline, expected)
+
+
+@each_pipeline
+def test_tasks_of_a_preparation_lose_their_worker_their_node_and_their_driver(
+    pipeline: Pipeline, inputs: Path, nodes: Nodes, tmp_path: Path, chance: random.Random
+) -> None:
+    """Each in the middle of another task, before a random one of its file operations."""
+    expected, out = tmp_path / "whole", tmp_path / "out"
+    with Run(pipeline.prepare(inputs, expected), tmp_path / "whole.txt") as run:
+        assert run.wait() == 0, run.words()
+    in_worker, on_node, under_driver = (
+        Strike(str(tmp_path / f"strike-{place}"), chance.randint(1, 8), label=label, task=task, folder=str(out))
+        for place, (label, task) in enumerate(pipeline.tasks)
+    )
+    kept, job = Kept(out), pipeline.prepare(inputs, out, "--launcher", "ray")
+
+    def again(fault: str, strike: Strike, driver: Driver) -> None:
+        kept.check()
+        record(fault, pipeline.name, wait_for(done_again(strike).exists, f"the task after: {fault}", driver.ended))
+
+    with Driver(nodes, job, tmp_path / "run.txt", in_worker, on_node, under_driver) as driver:
+        wait_for(in_worker.reached, "the first strike", driver.ended)
+        kill(stopped(in_worker))
+        again("Data worker killed in a task", in_worker, driver)
+        wait_for(on_node.reached, "the second strike", driver.ended)
+        lose_node_of(stopped(on_node), nodes)
+        again("node lost in a task, and another added", on_node, driver)
+        wait_for(under_driver.reached, "the third strike", driver.ended)
+        driver.kill()
+    kept.check()
+    with Driver(nodes, job, tmp_path / "run.txt", under_driver) as driver:
+        again("driver killed in a task, started again", under_driver, driver)
+        assert driver.process.wait(300) == 0, driver.words()
+    kept.check()
+    assert contents(out) == contents(expected)
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """A file system of its own with so many bytes."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def bytes_below(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+@each_pipeline
+def test_the_disk_is_full(
+    pipeline: Pipeline, inputs: Path, whole: Callable[[Pipeline], Path], tmp_path: Path, chance: random.Random
+) -> None:
+    """Twice, at random amounts of what the run takes in the end; then somebody makes room."""
+    expected = whole(pipeline)
+    needed = bytes_below(expected)
+    with small_disk(tmp_path / "disk", 4 * needed + (8 << 20)) as disk:
+        out, ballast = disk / "run", disk / "ballast"
+        job, kept = pipeline.job(inputs, out), Kept(out)
+        shares = sorted(chance.uniform(0.05, 0.9) for _ in range(2))
+        for share in shares:
+            ballast.unlink(missing_ok=True)
+            taken = bytes_below(disk)
+            status = os.statvfs(disk)
+            free = status.f_bavail * status.f_frsize - max(0, int(share * needed) - taken)
+            with ballast.open("wb") as stream:
+                os.posix_fallocate(stream.fileno(), 0, free)
+            words = tmp_path / f"full-{share:.3f}.txt"
+            with Run(job, words) as run:
+                assert run.wait() == 1, f"at {share:.0%} of {needed} bytes: {run.words()}"
+            assert "No space left on device" in words.read_text().splitlines()[-1], words.read_text()[-3000:]
+            kept.check()
+        ballast.unlink()
+        goes_on = steps_beyond(pipeline, out)
+        with Run(job, tmp_path / "words.txt") as run:
+            record("disk full, room made, started again", pipeline.name, wait_for(goes_on, "progress", run.ended))
+            assert run.wait() == 0, run.words()
+        kept.check()
+        assert outcome(pipeline, out) == outcome(pipeline, expected)
+
+
+@each_pipeline
+def test_uploads_are_cut(
+    pipeline: Pipeline,
+    inputs: Path,
+    whole: Callable[[Pipeline], Path],
+    s3_url: str,
+    s3_endpoint: str,
+    tmp_path: Path,
+    chance: random.Random,
+) -> None:
+    """A connection that breaks in the middle of a body, a process killed there, and storage that does not answer."""
+    out = f"{s3_url}/run"
+    job, kept = pipeline.job(inputs, out), Kept(out)
+    with Proxy(s3_endpoint) as proxy:
+        environment = {"AWS_ENDPOINT_URL": proxy.endpoint, "PALATE_CACHE": str(tmp_path / "cache")}
+        first = chance.randint(1, 3)
+        proxy.break_upload(first, "cut")
+        proxy.break_upload(first + chance.randint(3, 8), "hold")
+        with Run(job, tmp_path / "words.txt", **environment) as run:
+            wait_for(proxy.holding.is_set, "an upload that is held", run.ended)
+            assert proxy.cut == 2  # the first did not stop it
+            run.kill()
+        kept.check()
+
+        proxy.heal()
+        proxy.break_upload(chance.randint(2, 5), "refuse")
+        with Run(job, tmp_path / "away.txt", **environment) as run:
+            assert run.wait() == 1, run.words()
+        assert proxy.refused >= 1
+        kept.check()
+
+        proxy.heal()
+        goes_on = steps_beyond(pipeline, out)
+        with Run(job, tmp_path / "words.txt", **environment) as run:
+            record("storage away, started again", pipeline.name, wait_for(goes_on, "progress", run.ended))
+            assert run.wait() == 0, run.words()
+    kept.check()
+    assert outcome(pipeline, out) == outcome(pipeline, whole(pipeline))
