@@ -1,11 +1,14 @@
 """The three pipelines as small jobs, the order of their progress, and what two runs of one must have in common."""
 
+import hashlib
 import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors.numpy import load_file
 
 import toy_lists
 from palate import artifacts
@@ -161,7 +164,17 @@ def contents(out: str | Path) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for place, one in committed(out).items():
         if "/checkpoints/" not in place:
-            files |= {f"{place}/{entry.path}": entry.sha256 for entry in one.files if not entry.path.endswith(".md")}
-            if "report.json" in one.paths():  # with how long it took
-                files[f"{place}/report.json"] = {**one.read_json("report.json"), "seconds": None}
+            for entry in one.files:
+                name = f"{place}/{entry.path}"
+                if name.endswith(".safetensors"):  # which orders its metadata by chance
+                    files[name] = tensors_of(one.local(entry.path))
+                elif name.endswith("/report.json"):  # with how long it took
+                    files[name] = {**one.read_json(entry.path), "seconds": None}
+                elif not name.endswith(".md"):
+                    files[name] = entry.sha256
     return files
+
+
+def tensors_of(file: Path) -> dict[str, tuple[list[int], str]]:
+    """Shape and bytes (SHA-256) of the tensors in a file."""
+    return {name: (list(t.shape), hashlib.sha256(t.tobytes()).hexdigest()) for name, t in load_file(file).items()}

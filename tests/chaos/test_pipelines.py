@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -266,10 +267,12 @@ def test_workers_a_node_and_the_driver_are_lost_in_one_training(
         return found
 
     def strike(fault: str, act: Callable[[], object], driver: Driver) -> None:
-        goes_on = steps_beyond(pipeline, out)
+        began = time.monotonic()
         act()
+        goes_on = steps_beyond(pipeline, out)
         kept.check()
-        record(fault, pipeline.name, wait_for(goes_on, f"progress after: {fault}", driver.ended))
+        wait_for(goes_on, f"progress after: {fault}", driver.ended)
+        record(fault, pipeline.name, time.monotonic() - began)
 
     job = pipeline.job(inputs, out, *TWO_RANKS)
     with Driver(nodes, job, tmp_path / "run.txt", at_a_save) as driver:
@@ -284,9 +287,10 @@ def test_workers_a_node_and_the_driver_are_lost_in_one_training(
 
         strike("node lost, and another added", lambda: lose_node_of(chance.choice(workers()), nodes), driver)
         train_to(last_step(log) + chance.randint(2, pipeline.steps // 8), driver)
-        goes_on = steps_beyond(pipeline, out)
         driver.kill()
+    wait_for(lambda: not nodes.workers("ray::RayTrainWorker"), "the end of its workers", lambda: None, 60)
     kept.check()
+    goes_on = steps_beyond(pipeline, out)
     with Driver(nodes, job, tmp_path / "run.txt") as driver:
         record("driver killed, started again", pipeline.name, wait_for(goes_on, "progress", driver.ended))
         assert driver.process.wait(300) == 0, driver.words()
@@ -309,8 +313,10 @@ def test_tasks_of_a_preparation_lose_their_worker_their_node_and_their_driver(
     kept, job = Kept(out), pipeline.prepare(inputs, out, "--launcher", "ray")
 
     def again(fault: str, strike: Strike, driver: Driver) -> None:
+        began = time.monotonic()
         kept.check()
-        record(fault, pipeline.name, wait_for(done_again(strike).exists, f"the task after: {fault}", driver.ended))
+        wait_for(done_again(strike).exists, f"the task after: {fault}", driver.ended)
+        record(fault, pipeline.name, time.monotonic() - began)
 
     with Driver(nodes, job, tmp_path / "run.txt", in_worker, on_node, under_driver) as driver:
         wait_for(in_worker.reached, "the first strike", driver.ended)
