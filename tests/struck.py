@@ -75,7 +75,8 @@ def process(armed: Sequence[Strike], job: Sequence[str], environment: Mapping[st
 
 
 def start(armed: Sequence[Strike], job: Sequence[str], output: Path, **environment: str) -> Any:
-    """A forked process with this job; ended by its caller, who waits for it too."""
+    """A forked process with this job and this environment, else the caller's; the caller ends it, or waits for it."""
+    environment = {**os.environ, **environment}
     started = forks().Process(target=process, args=(list(armed), list(job), environment, str(output)))
     started.start()
     return started

@@ -73,7 +73,7 @@ LPO = Pipeline(
     40,
     """lpo.py --lists {inputs}/lists --model {inputs}/base --resolution 16 --latent-dtype float32 --encode-batch 32
     --kl-beta 50 --steps 1 --batch 4 --sampler-steps 2 --grid 0""",
-    (("encode images", 1), ("encode images", 0), ("encode captions", 0)),
+    (("encode images", 0), ("encode images", 1), ("encode captions", 0)),
 )
 UNIHETERO = Pipeline(
     "unihetero",

@@ -312,24 +312,28 @@ def test_tasks_of_a_preparation_lose_their_worker_their_node_and_their_driver(
     )
     kept, job = Kept(out), pipeline.prepare(inputs, out, "--launcher", "ray")
 
-    def again(fault: str, strike: Strike, driver: Driver) -> None:
-        began = time.monotonic()
+    def time_of(strike: Strike) -> float:
+        return done_again(strike).stat().st_mtime
+
+    def break_in(strike: Strike, fault: str, act: Callable[[int], object], driver: Driver) -> None:
+        wait_for(strike.reached, f"the place of: {fault}", driver.ended)
+        began = time.time()
+        act(stopped(strike))
         kept.check()
         wait_for(done_again(strike).exists, f"the task after: {fault}", driver.ended)
-        record(fault, pipeline.name, time.monotonic() - began)
+        record(fault, pipeline.name, time_of(strike) - began)
 
     with Driver(nodes, job, tmp_path / "run.txt", in_worker, on_node, under_driver) as driver:
-        wait_for(in_worker.reached, "the first strike", driver.ended)
-        kill(stopped(in_worker))
-        again("Data worker killed in a task", in_worker, driver)
-        wait_for(on_node.reached, "the second strike", driver.ended)
-        lose_node_of(stopped(on_node), nodes)
-        again("node lost in a task, and another added", on_node, driver)
+        break_in(in_worker, "Data worker killed in a task", kill, driver)
+        break_in(on_node, "node lost in a task", lambda pid: lose_node_of(pid, nodes), driver)
         wait_for(under_driver.reached, "the third strike", driver.ended)
         driver.kill()
+    wait_for_end(stopped(under_driver))
     kept.check()
+    began = time.time()
     with Driver(nodes, job, tmp_path / "run.txt", under_driver) as driver:
-        again("driver killed in a task, started again", under_driver, driver)
+        wait_for(done_again(under_driver).exists, "the task that the driver left", driver.ended)
+        record("driver killed in a task, started again", pipeline.name, time_of(under_driver) - began)
         assert driver.process.wait(300) == 0, driver.words()
     kept.check()
     assert contents(out) == contents(expected)
