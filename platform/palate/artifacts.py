@@ -312,7 +312,7 @@ def writing(
     fault_hook("before data")
     with tempfile.TemporaryDirectory(prefix="palate-") as temporary:
         writer = Writer(url=_absolute(url), folder=Path(root if local else temporary))
-        with disk_errors():
+        with os_errors():
             yield writer
         fault_hook("after data")
         entries = _publish(writer.folder, filesystem, root, local)
@@ -333,14 +333,18 @@ def writing(
 
 
 @contextmanager
-def disk_errors() -> Iterator[None]:
-    """Let what the disk refuses (full, say) be an ``OSError`` where safetensors writes, too, as it is elsewhere."""
+def os_errors() -> Iterator[None]:
+    """Let what a disk or object storage refuses be an ``OSError``: safetensors and botocore have their own."""
     try:
         yield
     except SafetensorError as error:
         if found := re.search(r"\(os error (\d+)\)", str(error)):
             number = int(found.group(1))
             raise OSError(number, os.strerror(number)) from error
+        raise
+    except Exception as error:
+        if type(error).__module__.startswith("botocore."):
+            raise OSError(f"object storage failed: {error}; the same command goes on when it is there again") from error
         raise
 
 

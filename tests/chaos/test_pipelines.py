@@ -419,6 +419,8 @@ def test_uploads_are_cut(
         with Run(job, tmp_path / "away.txt", **environment) as run:
             assert run.wait() == 1, run.words()
         assert proxy.refused >= 1
+        last = (tmp_path / "away.txt").read_text().splitlines()[-1]
+        assert last.startswith(f"{pipeline.name}: object storage failed: Could not connect"), last
         kept.check()
 
         proxy.heal()

@@ -349,7 +349,7 @@ def _local_state(
 def _write(tensors: dict[str, Tensor], name: str, url: str, writer: artifacts.Writer | None) -> None:
     """Write a rank's file: rank 0 through its writer, the others straight to the checkpoint's place."""
     filesystem, root = artifacts.locate(url)
-    with artifacts.disk_errors():
+    with artifacts.os_errors():
         if writer is not None:
             save_file(tensors, writer.folder / name)
         elif artifacts.is_local(filesystem):
