@@ -401,7 +401,7 @@ def test_what_the_disk_refuses_is_an_oserror_where_safetensors_writes_too(tmp_pa
 
 def test_object_storage_that_is_not_there_is_an_oserror_in_one_sentence():
     exceptions = pytest.importorskip("botocore.exceptions")
-    with pytest.raises(OSError, match="object storage failed: Could not connect .* goes on"), artifacts.os_errors():
+    with pytest.raises(OSError, match=r"object storage failed: Could not connect .* goes on"), artifacts.os_errors():
         raise exceptions.EndpointConnectionError(endpoint_url="http://127.0.0.1:1/a")
     with pytest.raises(KeyError), artifacts.os_errors():  # what is no storage's fault stays what it is
         raise KeyError("a")
