@@ -28,8 +28,8 @@ class Strike:
     """One place. ``marker``: the file that says that it was reached; who finds it there is not stopped.
 
     Either ``point``, the fault point of the ``number``-th artifact that this process writes once ``after`` exists, on
-    rank 0; or ``task``, a position among the tasks of the step called ``label``: at its ``number``-th file operation
-    below ``folder``, or at its end if it has fewer.
+    rank 0; or ``task``, a position among the tasks of the step called ``label``, -1 for whichever comes first: at its
+    ``number``-th file operation below ``folder``, or at its end if it has fewer.
     """
 
     marker: str
@@ -43,12 +43,16 @@ class Strike:
     def reached(self) -> bool:
         return Path(self.marker).exists()
 
-    def stop(self) -> None:
+    def announced(self) -> dict[str, int]:
+        """The process (``pid``) that waits there, or waited, and the position of its task."""
+        return json.loads(Path(self.marker).read_text())
+
+    def stop(self, task: int = -1) -> None:
         """Announce this process, and go no further."""
         if self.reached():
             return
         announcement = Path(f"{self.marker}.{os.getpid()}.{threading.get_native_id()}")
-        announcement.write_text(json.dumps({"pid": os.getpid()}))
+        announcement.write_text(json.dumps({"pid": os.getpid(), "task": task}))
         announcement.rename(self.marker)
         while True:
             time.sleep(60)
@@ -77,7 +81,7 @@ def struck_worker(strikes: Sequence[Strike], worker: Callable[[Any, World], Any]
 
 def struck_step(strikes: Sequence[Strike], step: Step) -> Step:
     """``step``, with the strikes on its tasks armed."""
-    mine = {strike.task: strike for strike in strikes if strike.label == step.label}
+    mine = [strike for strike in strikes if strike.label == step.label]
     return replace(step, run=partial(_run_task, mine, step.run, list(step.tasks))) if mine else step
 
 
@@ -86,11 +90,10 @@ def done_again(strike: Strike) -> Path:
     return Path(f"{strike.marker}.done")
 
 
-def _run_task(strikes: dict[int, Strike], run: Callable[[Any], Any], tasks: Sequence[Any], task: Any) -> Any:
-    strike = strikes.get(tasks.index(task))
-    if strike is None:
-        return run(task)
-    if not strike.reached():
+def _run_task(strikes: Sequence[Strike], run: Callable[[Any], Any], tasks: Sequence[Any], task: Any) -> Any:
+    place = tasks.index(task)
+    strike = next((one for one in strikes if one.task in (place, -1) and not one.reached()), None)
+    if strike is not None:
         left, thread = strike.number, threading.get_native_id()
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -100,11 +103,13 @@ def _run_task(strikes: dict[int, Strike], run: Callable[[Any], Any], tasks: Sequ
                 if isinstance(path, str | Path) and str(path).startswith(strike.folder):
                     left -= 1
                     if left == 0:
-                        strike.stop()
+                        strike.stop(place)
 
         sys.addaudithook(hook)
         run(task)
-        strike.stop()
+        strike.stop(place)
     result = run(task)
-    done_again(strike).touch()
+    for one in strikes:
+        if one.reached() and one.announced()["task"] == place:
+            done_again(one).touch()
     return result

@@ -28,7 +28,7 @@ class Pipeline:
 
     ``log``: the folder, below the run's, where its training of ``steps`` logs; ``last``: the artifact that
     ends it. ``preparation``: the job, with its flags, whose tasks Ray Data runs; ``tasks``: three of these in their
-    order, by the label of their step and their position in it.
+    order, by the label of their step and their position in it (-1: any).
     """
 
     name: str
@@ -73,7 +73,7 @@ LPO = Pipeline(
     40,
     """lpo.py --lists {inputs}/lists --model {inputs}/base --resolution 16 --latent-dtype float32 --encode-batch 32
     --kl-beta 50 --steps 1 --batch 4 --sampler-steps 2 --grid 0""",
-    (("encode images", 0), ("encode images", 1), ("encode captions", 0)),
+    (("encode images", -1), ("encode images", -1), ("encode captions", 0)),
 )
 UNIHETERO = Pipeline(
     "unihetero",

@@ -4,7 +4,6 @@ After each: what was committed is there and unchanged, whatever a reader finds i
 with the same bits as one that was not broken. Random moments and places are drawn from a seed, which is printed.
 """
 
-import json
 import os
 import random
 import signal
@@ -213,7 +212,7 @@ class Driver:
 
 def stopped(strike: Strike) -> int:
     """The process that waits where the strike says."""
-    return json.loads(Path(strike.marker).read_text())["pid"]
+    return strike.announced()["pid"]
 
 
 def kill(pid: int) -> None:
