@@ -16,7 +16,7 @@ def record(fault: str, pipeline: str, seconds: float) -> None:
             stream.write(line + "\n")
 
 
-def wait_for(condition: Callable[[], bool], what: str, ended: Callable[[], str | None], seconds: float = 300) -> float:
+def wait_for(condition: Callable[[], bool], what: str, ended: Callable[[], str | None], seconds: float = 600) -> float:
     """Wait until something holds; how long that took.
 
     Args:
@@ -27,5 +27,5 @@ def wait_for(condition: Callable[[], bool], what: str, ended: Callable[[], str |
         if why := ended():
             assert condition(), f"{what}: not seen, and {why}"  # it may have come in between
         assert time.monotonic() < began + seconds, f"{what}: not within {seconds} s"
-        time.sleep(0.01)
+        time.sleep(0.05)
     return time.monotonic() - began
