@@ -6,6 +6,7 @@ answered by ``nodes: COUNT`` with the number of nodes, less the head.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -76,8 +77,13 @@ def ray_nodes() -> Iterator[Nodes]:
         try:
             yield Nodes(process, environment)
         finally:
+            # Agents of nodes write their title over the environment that the others are known by.
+            agents = [pid for pid in descendants(process.pid) if command_line(pid).startswith("ray::")]
             end_all(temporary)  # only what was started here has that folder in its environment
             process.wait(60)
+            for pid in agents:
+                if command_line(pid).startswith("ray::"):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def descendants(pid: int) -> list[int]:
