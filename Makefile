@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Threads that wait sleep rather than spin: beside other work on the same cores, spinning makes each step several times longer.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo test test-slow test-chaos lint install clean
 
 install: $(STAMP)
 
@@ -28,6 +28,9 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	@# 5 says that no test is marked slow, which is no failure.
 	$(BIN)/python -m pytest -q -m slow || [ $$? -eq 5 ]
+
+test-chaos: $(STAMP)
+	$(BIN)/python -m pytest -q -m chaos || [ $$? -eq 5 ]
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

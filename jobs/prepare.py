@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from tyro.conf import subcommand
 
 from palate import config as configs
-from palate.artifacts import Artifact, ArtifactError
+from palate.artifacts import Artifact, ArtifactError, os_errors
 from palate.corpora import captions, git, jsonl, lamp, longlamp
 from palate.corpora.preparation import PrepareConfig, Recipe, Runner, prepare, run_local
 from palate.corpora.streams import CorpusError
@@ -69,7 +69,8 @@ MAKE: dict[type, Callable[[Any], Artifact]] = {
 def main() -> None:
     config = configs.parse(Command, __doc__)
     try:
-        corpus = MAKE[type(config)](config)
+        with os_errors():
+            corpus = MAKE[type(config)](config)
     except (CorpusError, ArtifactError, OSError) as error:
         raise SystemExit(f"prepare: {error}") from None
     print(f"{corpus.url}:")

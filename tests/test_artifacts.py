@@ -1,15 +1,19 @@
 """Artifacts: whole or unseen, whatever is killed and wherever they lie; nothing of the user's is deleted."""
 
 import dataclasses
+import errno
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from palate import artifacts
 from palate.config import scale
@@ -377,3 +381,27 @@ def test_any_set_of_files_comes_back(tmp_path_factory, contents):
     assert {path: made.local(path).read_bytes() for path in made.verify().paths()} == contents
     artifacts.discard(url)
     assert list(url.rglob("*")) == []
+
+
+def test_what_the_disk_refuses_is_an_oserror_where_safetensors_writes_too(tmp_path):
+    def produce(writer):
+        save_file({"a": np.zeros(1 << 20, np.float32)}, writer.folder / "a.safetensors")
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            artifacts.ensure(tmp_path / "a", produce, kind="sample", config={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
+    assert not artifacts.exists(tmp_path / "a")
+    assert artifacts.ensure(tmp_path / "a", produce, kind="sample", config={}).verify()
+
+
+def test_object_storage_that_is_not_there_is_an_oserror_in_one_sentence():
+    exceptions = pytest.importorskip("botocore.exceptions")
+    with pytest.raises(OSError, match=r"object storage failed: Could not connect .* goes on"), artifacts.os_errors():
+        raise exceptions.EndpointConnectionError(endpoint_url="http://127.0.0.1:1/a")
+    with pytest.raises(KeyError), artifacts.os_errors():  # what is no storage's fault stays what it is
+        raise KeyError("a")

@@ -107,13 +107,13 @@ def ray_head(
             process = _start(start, environment, folder)
             if _answers(process, head, dashboard):
                 break
-            _end_all(environment["RAY_AUTH_TOKEN"])
+            end_all(environment["RAY_AUTH_TOKEN"])
             process.wait(60)
         else:
             raise AssertionError(f"no head after {ATTEMPTS} attempts:\n{(folder / 'head.log').read_text()}")
         yield head
     finally:
-        _end_all(environment["RAY_AUTH_TOKEN"])
+        end_all(environment["RAY_AUTH_TOKEN"])
         process.wait(60)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -151,7 +151,7 @@ def status(head: Head, path: str, token: str | None = None, method: str = "GET")
         return 0
 
 
-def _end_all(token: str) -> None:
+def end_all(token: str) -> None:
     """Kill whatever was started with this token in its environment, as no other process was, and wait for its end."""
     deadline = time.monotonic() + 60
     while (found := _with_token(token)) and time.monotonic() < deadline:

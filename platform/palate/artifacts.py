@@ -14,6 +14,7 @@ Two writers of one folder at the same time are not supported: give each run its 
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -27,6 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
+from safetensors import SafetensorError
 
 from palate import __version__
 from palate import config as configs
@@ -310,7 +312,8 @@ def writing(
     fault_hook("before data")
     with tempfile.TemporaryDirectory(prefix="palate-") as temporary:
         writer = Writer(url=_absolute(url), folder=Path(root if local else temporary))
-        yield writer
+        with os_errors():
+            yield writer
         fault_hook("after data")
         entries = _publish(writer.folder, filesystem, root, local)
     fault_hook("before manifest")
@@ -327,6 +330,22 @@ def writing(
     _write(filesystem, root, MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
     fault_hook("after manifest")
     filesystem.rm_file(f"{root}/{MARKER}")
+
+
+@contextmanager
+def os_errors() -> Iterator[None]:
+    """Let what a disk or object storage refuses be an ``OSError``: safetensors and botocore have their own."""
+    try:
+        yield
+    except SafetensorError as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(found.group(1))
+            raise OSError(number, os.strerror(number)) from error
+        raise
+    except Exception as error:
+        if type(error).__module__.startswith("botocore."):
+            raise OSError(f"object storage failed: {error}; the same command goes on when it is there again") from error
+        raise
 
 
 def discard(url: str | Path) -> None:

@@ -61,10 +61,12 @@ def launch(
 
     Raises:
         ValueError: ``local`` with more than one worker.
+        OSError: the disk is full, or object storage does not answer.
         SystemExit: SIGTERM ended the training, and what was done is saved.
     """
     try:
-        return _launch(worker, config, launcher, workers, folder, gpu, once)
+        with artifacts.os_errors():
+            return _launch(worker, config, launcher, workers, folder, gpu, once)
     except Preempted as notice:
         log.warning("%s", notice)
         raise SystemExit(128 + signal.SIGTERM) from None

@@ -349,14 +349,15 @@ def _local_state(
 def _write(tensors: dict[str, Tensor], name: str, url: str, writer: artifacts.Writer | None) -> None:
     """Write a rank's file: rank 0 through its writer, the others straight to the checkpoint's place."""
     filesystem, root = artifacts.locate(url)
-    if writer is not None:
-        save_file(tensors, writer.folder / name)
-    elif artifacts.is_local(filesystem):
-        save_file(tensors, Path(root) / name)
-    else:
-        with TemporaryDirectory(prefix="palate-") as temporary:
-            save_file(tensors, Path(temporary) / name)
-            filesystem.put_file(str(Path(temporary) / name), f"{root}/{name}")
+    with artifacts.os_errors():
+        if writer is not None:
+            save_file(tensors, writer.folder / name)
+        elif artifacts.is_local(filesystem):
+            save_file(tensors, Path(root) / name)
+        else:
+            with TemporaryDirectory(prefix="palate-") as temporary:
+                save_file(tensors, Path(temporary) / name)
+                filesystem.put_file(str(Path(temporary) / name), f"{root}/{name}")
 
 
 class _Reader:
