@@ -19,9 +19,9 @@ from locust import HttpUser, constant_pacing, task
 
 PEOPLE = ("ann", "bob", "eve", None)
 TOKENS = 32
-KEY, PACE = os.environ["FAULTS_KEY"], float(os.environ["FAULTS_PACE"])
-LOG = Path(os.environ["FAULTS_LOG"]).open("a")
 RETRYABLE = (429, 503)
+KEY, PACE = os.environ["FAULTS_KEY"], float(os.environ["FAULTS_PACE"])
+LOG = Path(os.environ["FAULTS_LOG"]).open("a")  # noqa: SIM115 - for as long as the process lives
 
 
 def chat(stream: bool = False) -> dict[str, Any]:

@@ -35,7 +35,8 @@ from palate.serving.schemas import (
 )
 from palate.serving.sent_images import read_image
 from palate.serving.served_run import TOKEN_CHARACTERS, Personal, chat_prompt
-from palate.serving.service import Hosted, HostedUnified, Served, Service, Settings
+from palate.serving.service import Hosted, HostedUnified, Served, Service
+from palate.serving.settings import Settings
 from palate.serving.text import decode
 from palate.serving.unified import LEAD, ServedUnified, prompt_embeddings, prompt_ids
 from palate.serving.worker import EngineFailed, Overloaded
