@@ -324,7 +324,10 @@ def judge(faults: Sequence[Fault], requests: Sequence[Request]) -> dict[str, Any
     return {
         "whole": summary(requests, kills),
         "calm": summary([one for one in requests if not any(one.meets(fault) for fault in faults)], kills),
-        "openai": summary([one for one in requests if one.kind == "openai"], kills),
+        "openai": {
+            **summary([one for one in requests if one.kind == "openai"], kills),
+            "tried_again": sum(one.kind == "openai" and "tried" in one.found for one in requests),
+        },
         "faults": each,
         "kinds": dict(Counter(one.kind for one in requests)),
         "seconds": {second: dict(counts) for second, counts in sorted(seconds.items())},
@@ -385,7 +388,8 @@ def main() -> None:
     print(table(found))
     for what, count in found["whole"]["seen"].items():
         print(f"{count} times {what}")
-    print(f"OpenAI's client: {found['openai']['requests']} calls, {found['openai']['failed']} failed")
+    calls = found["openai"]
+    print(f"OpenAI's client: {calls['requests']} calls, {calls['tried_again']} tried again, {calls['failed']} failed")
     print(f"answered writes that are lost: {len(found['lost_writes'])}")
     path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -144,8 +144,9 @@ class Caller(Client):
     def whole(self) -> None:
         began = time.time()
         try:
-            answer = self.openai.chat.completions.create(**chat())
-            outcome, found = ("answered", "200") if answer.choices else ("failed", "no choices")
+            answer = self.openai.chat.completions.with_raw_response.create(**chat())
+            outcome = "answered" if answer.parse().choices else "failed"
+            found = f"200, tried {answer.retries_taken + 1} times" if answer.retries_taken else "200"
         except openai.OpenAIError as error:
             outcome, found = "failed", f"{type(error).__name__} {error}"[:200]
         note("openai", began, outcome, found)
