@@ -377,3 +377,18 @@ def test_any_set_of_files_comes_back(tmp_path_factory, contents):
     assert {path: made.local(path).read_bytes() for path in made.verify().paths()} == contents
     artifacts.discard(url)
     assert list(url.rglob("*")) == []
+
+
+def test_a_model_is_a_folder_of_a_finished_artifact_by_url_or_a_name(tmp_path, s3_url):
+    make(f"{s3_url}/run/tuned")
+    near = artifacts.model_source(f"{s3_url}/run/tuned/deep/er/")
+    assert Path(near, "data.bin").read_bytes() == bytes(range(256))
+    assert Path(artifacts.model_source(f"{s3_url}/run/tuned"), "deep/er/data.bin").exists()
+    make(tmp_path / "here")
+    assert Path(artifacts.model_source(f"file://{tmp_path}/here/deep/er"), "data.bin").exists()
+    for name in ("tiny", "organisation/model", "./folder", str(tmp_path)):
+        assert artifacts.model_source(name) == name
+    with pytest.raises(artifacts.ArtifactMissing, match="has no folder 'deeper'"):
+        artifacts.model_source(f"{s3_url}/run/tuned/deeper")
+    with pytest.raises(artifacts.ArtifactMissing, match="is no folder of a finished artifact"):
+        artifacts.model_source(f"{s3_url}/run")
