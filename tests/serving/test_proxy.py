@@ -1,7 +1,9 @@
 """What stands before Ray Serve's proxy, around applications that fail as Serve's does when a replica dies."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import openai
@@ -90,4 +92,7 @@ def test_serves_own_refusal_gets_the_shape_of_the_api_and_its_probes_do_not():
 def test_it_starts_quickly():
     """Serve waits seconds for a proxy, and torch alone may take them."""
     code = "import sys, palate.serving.proxy; print('torch' in sys.modules, 'ray' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False"] * 2
+    platform = Path(__file__).resolve().parents[2] / "platform"
+    environment = {**os.environ, "PYTHONPATH": str(platform)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

@@ -126,13 +126,13 @@ def test_an_experiment_may_lie_in_object_storage(settings, s3_url, monkeypatch, 
     (made,) = sweeping.sweep(there)
     claims.write(claims.analyse(read_runs(there.out)), f"{there.out}/report")
     filesystem, root = artifacts.locate(there.out)
-    assert json.loads(filesystem.cat_file(f"{root}/experiment.json"))["settings"]["seeds"] == 1
+    assert json.loads(filesystem.cat_file(f"{root}/experiment.json"))["settings"]["runs"]["samples"] == 48
     assert json.loads(filesystem.cat_file(f"{root}/report/report.json"))["verdicts"]
     assert filesystem.size(f"{root}/report/curves.png") > 10_000
     monkeypatch.setattr("palate.unihetero.runs.pretrain", None)  # would fail if it were called
     assert sweeping.sweep(there) == [made]
-    with pytest.raises(ArtifactMismatch, match="other settings \\(seeds\\)"):
-        sweeping.sweep(replace(there, seeds=2))
+    with pytest.raises(ArtifactMismatch, match="other settings \\(runs\\)"):
+        sweeping.sweep(replace(there, runs=replace(there.runs, learning_rate=5e-3)))
     assert [path.name for path in tmp_path.iterdir()] == ["palate-cache"]  # no folder that is called s3:
 
 
