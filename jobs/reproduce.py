@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from palate import config as configs
@@ -290,8 +289,7 @@ def unihetero(out: str, size: Size, workers: int) -> list[Line]:
         workers=workers,
     )
     sweep(config)
-    folder = Path(out) / "report"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = join(out, "report")
     found = claims.analyse(read_runs(config.out))
     claims.write(found, folder)
     said = {
@@ -307,7 +305,7 @@ def unihetero(out: str, size: Size, workers: int) -> list[Line]:
             "; ".join(one.reasons[:2]),
             one.outcome,
             one.smallest_detectable,
-            str(folder / "report.md"),
+            join(folder, "report.md"),
         )
         for one in found.verdicts
     ]

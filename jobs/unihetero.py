@@ -2,7 +2,6 @@
 --help."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from palate import config as configs
 from palate.artifacts import ArtifactError
@@ -22,7 +21,7 @@ class ReportConfig:
     experiment: str
     """The sweep's --out."""
     out: str = scale()
-    """Folder of the report."""
+    """Folder or URL of the report."""
 
 
 def train(config: TrainConfig) -> None:
@@ -53,7 +52,7 @@ def report(config: ReportConfig) -> None:
     from palate.evaluation import claims
 
     found = claims.analyse(read_runs(config.experiment))
-    claims.write(found, Path(config.out))
+    claims.write(found, config.out)
     for verdict in found.verdicts:
         print(verdict)
     print(f"report: {config.out}/report.md")

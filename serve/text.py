@@ -11,9 +11,8 @@ from fastapi import FastAPI
 from ray import serve
 from serve.replicas import Replicas, deploy
 
-from palate.serving.http import create_app
 from palate.serving.logs import write_json_lines
-from palate.serving.service import Service, Settings
+from palate.serving.settings import Settings
 from palate.users.runs import live_run
 
 
@@ -31,6 +30,9 @@ class TextServer:
     def __init__(self, settings: TextSettings) -> None:
         write_json_lines()
         start = time.perf_counter()
+        # Here, as only replicas need torch: Serve imports this module for each change of the config, too.
+        from palate.serving.service import Service
+
         plain = settings.model_dump(exclude={"run", *Replicas.model_fields})
         self._service = Service(Settings(**plain))
         if settings.run and live_run(self._service.store) is None:
@@ -39,6 +41,8 @@ class TextServer:
         print(f"replica ready in {time.perf_counter() - start:.1f} s, live: {self._service.live}", flush=True)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
+        from palate.serving.http import create_app
+
         return create_app(self._service)
 
     def check_health(self) -> None:

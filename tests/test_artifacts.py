@@ -405,3 +405,18 @@ def test_object_storage_that_is_not_there_is_an_oserror_in_one_sentence():
         raise exceptions.EndpointConnectionError(endpoint_url="http://127.0.0.1:1/a")
     with pytest.raises(KeyError), artifacts.os_errors():  # what is no storage's fault stays what it is
         raise KeyError("a")
+
+
+def test_a_model_is_a_folder_of_a_finished_artifact_by_url_or_a_name(tmp_path, s3_url):
+    make(f"{s3_url}/run/tuned")
+    near = artifacts.model_source(f"{s3_url}/run/tuned/deep/er/")
+    assert Path(near, "data.bin").read_bytes() == bytes(range(256))
+    assert Path(artifacts.model_source(f"{s3_url}/run/tuned"), "deep/er/data.bin").exists()
+    make(tmp_path / "here")
+    assert Path(artifacts.model_source(f"file://{tmp_path}/here/deep/er"), "data.bin").exists()
+    for name in ("tiny", "organisation/model", "./folder", str(tmp_path)):
+        assert artifacts.model_source(name) == name
+    with pytest.raises(artifacts.ArtifactMissing, match="has no folder 'deeper'"):
+        artifacts.model_source(f"{s3_url}/run/tuned/deeper")
+    with pytest.raises(artifacts.ArtifactMissing, match="is no folder of a finished artifact"):
+        artifacts.model_source(f"{s3_url}/run")

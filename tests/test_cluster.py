@@ -116,6 +116,19 @@ def test_nothing_listens_to_the_outside_and_the_token_is_on_everywhere() -> None
     assert "--dashboard-host=127.0.0.1" in commands[0]
 
 
+def test_serves_proxies_answer_for_replicas_that_died() -> None:
+    """On machines and in the image: Serve imports what this names when a proxy starts, and calls it."""
+    (option,) = (one for one in read()["docker"]["run_options"] if "PROXY_CALLBACK" in one)
+    (line,) = re.findall(
+        r"^ENV (\S*PROXY_CALLBACK\S*)$", (ROOT / "kubernetes" / "Dockerfile").read_text(), re.MULTILINE
+    )
+    assert option == f"-e {line}"
+    name, _, place = line.partition("=")
+    assert name in Path(importlib.import_module("ray.serve._private.constants").__file__ or "").read_text()
+    module, _, function = place.partition(":")
+    assert [one.cls.__name__ for one in getattr(importlib.import_module(module), function)()] == ["Retryable"]
+
+
 def test_mounted_folders_have_no_slash_at_their_end() -> None:
     assert [path for pair in read()["file_mounts"].items() for path in pair if path.endswith("/")] == []
 

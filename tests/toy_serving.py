@@ -16,7 +16,8 @@ from palate.card.heads import PreferConfig
 from palate.card.stages import CardConfig, ClusterConfig, PromptConfig
 from palate.serving.answers import sample_answers
 from palate.serving.http import create_app
-from palate.serving.service import Service, Settings
+from palate.serving.service import Service
+from palate.serving.settings import Settings
 from palate.training.parallel import World
 
 

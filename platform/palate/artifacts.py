@@ -240,6 +240,28 @@ def open_artifact(url: str | Path, kind: str | None = None) -> Artifact:
     return artifact
 
 
+def model_source(name: str) -> str:
+    """What libraries load a model called ``name`` from: itself, or for a URL a checked local copy of what lies there, a
+    finished artifact or a folder of one.
+
+    Raises:
+        ArtifactMissing: there is no such folder, or it is of no artifact.
+    """
+    if "://" not in name:
+        return name
+    steps = name.rstrip("/").split("/")
+    for cut in range(len(steps), 2, -1):  # from the folder itself up to the bucket
+        try:
+            found = open_artifact("/".join(steps[:cut]))
+        except ArtifactMissing:
+            continue
+        return str(found.local_folder("/".join(steps[cut:])))
+    raise ArtifactMissing(
+        f"{name} is no folder of a finished artifact, whose files could be checked: name a model in a run or in parts "
+        "of Palate's, a hub id, or a folder on this machine"
+    )
+
+
 def ensure(
     url: str | Path,
     produce: Callable[[Writer], None],

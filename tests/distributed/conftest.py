@@ -14,6 +14,7 @@ os.environ["RAY_DEDUP_LOGS"] = "0"
 os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "300"
 os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"  # and than the 5 s of Serve's proxy
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # how soon Ray Train sees that a worker ended
+os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "palate.serving.proxy:middlewares"  # docs/serving.md
 # Ray's workers and other subprocesses find the tests' own modules as pytest does.
 TESTS = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent / "platform"), str(TESTS.parent)])

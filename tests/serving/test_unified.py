@@ -22,7 +22,8 @@ from palate.serving import http as http_module
 from palate.serving.engine import Completion, Engine, Event, Request
 from palate.serving.http import PERSONALIZATION
 from palate.serving.sent_images import read_image
-from palate.serving.service import Service, Settings
+from palate.serving.service import Service
+from palate.serving.settings import Settings
 from palate.serving.text import decode
 from palate.serving.unified import LEAD, ServedUnified, load_unified, prompt_embeddings, prompt_ids
 from palate.unihetero.generation import say

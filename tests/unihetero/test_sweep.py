@@ -118,6 +118,24 @@ def test_a_longer_run_goes_on_from_a_shorter_one(settings, finished, tmp_path):
         assert {**short_point, "of": ""} == {**long_point, "of": ""}  # all but the name of the run's settings
 
 
+def test_an_experiment_may_lie_in_object_storage(settings, s3_url, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    there = replace(
+        settings, out=f"{s3_url}/experiment", arms=("understanding",), controls=(), baseline_extra=0.0, seeds=1
+    )
+    (made,) = sweeping.sweep(there)
+    claims.write(claims.analyse(read_runs(there.out)), f"{there.out}/report")
+    filesystem, root = artifacts.locate(there.out)
+    assert json.loads(filesystem.cat_file(f"{root}/experiment.json"))["settings"]["runs"]["samples"] == 48
+    assert json.loads(filesystem.cat_file(f"{root}/report/report.json"))["verdicts"]
+    assert filesystem.size(f"{root}/report/curves.png") > 10_000
+    monkeypatch.setattr("palate.unihetero.runs.pretrain", None)  # would fail if it were called
+    assert sweeping.sweep(there) == [made]
+    with pytest.raises(ArtifactMismatch, match="other settings \\(runs\\)"):
+        sweeping.sweep(replace(there, runs=replace(there.runs, learning_rate=5e-3)))
+    assert [path.name for path in tmp_path.iterdir()] == ["palate-cache"]  # no folder that is called s3:
+
+
 def test_what_is_finished_is_not_run_again(settings, finished, monkeypatch):
     monkeypatch.setattr("palate.unihetero.runs.pretrain", None)  # would fail if it were called
     assert len(sweeping.sweep(settings)) == len(finished)

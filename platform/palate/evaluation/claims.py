@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from palate import artifacts
 from palate.evaluation.scaling import (
     Crossover,
     SeedEstimate,
@@ -208,9 +209,8 @@ def _claim_3_scores(
     return {"questions": questions, "probes": over_seeds(gained[:, 0] - gained[:, 1])}
 
 
-def write(found: Findings, folder: Path) -> None:
-    """report.json, report.md and plots."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write(found: Findings, folder: str | Path) -> None:
+    """report.json, report.md and curves.png, in a folder or at a URL."""
     values = {
         "differences": {arm: {k: asdict(v) for k, v in by.items()} for arm, by in found.differences.items()},
         "equal_flops": {arm: asdict(value) for arm, value in found.equal_flops.items()},
@@ -224,9 +224,12 @@ def write(found: Findings, folder: Path) -> None:
             for arm, c in found.curves.items()
         },
     }
-    (folder / "report.json").write_text(json.dumps(_finite(values), indent=1, sort_keys=True) + "\n")
-    (folder / "report.md").write_text(markdown(found))
-    _plot(found, folder / "curves.png")
+    filesystem, root = artifacts.locate(folder)
+    filesystem.makedirs(root, exist_ok=True)
+    filesystem.pipe_file(f"{root}/report.json", (json.dumps(_finite(values), indent=1, sort_keys=True) + "\n").encode())
+    filesystem.pipe_file(f"{root}/report.md", markdown(found).encode())
+    with filesystem.open(f"{root}/curves.png", "wb") as file:
+        _plot(found).savefig(file, dpi=120, format="png")
 
 
 def markdown(found: Findings) -> str:
@@ -308,7 +311,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _plot(found: Findings, path: Path) -> None:
+def _plot(found: Findings) -> Figure:
     """Accuracy over samples, and the difference to the baseline with intervals over seeds."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -335,4 +338,4 @@ def _plot(found: Findings, path: Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     left.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    return figure

@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from palate import artifacts
 from palate.artifacts import ArtifactMismatch, cache_folder
 from palate.models.weights import sampled_hash
 
@@ -66,21 +67,23 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, device: str
     """The model called ``name``, in eval mode, without executing code that came with it.
 
     Args:
-        name: a hub id, a local folder, a ``.gguf`` file, ``smollm2`` or ``tiny``.
+        name: a hub id, a folder, the URL of one in a finished artifact, a ``.gguf`` file, ``smollm2`` or ``tiny``.
 
     Raises:
         ValueError: there is no such model, or it cannot be reached; the message says what names are possible. Or there
             is no such device.
+        ArtifactError: it is a URL, and there is no such folder, or it is damaged.
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch {torch.__version__} finds no CUDA device here; use cpu")
     if name == "tiny":
         return wrap(_tiny_model().to(dtype).to(device), _tiny_tokenizer(), name)
-    folder = Path(name).expanduser()
+    place = artifacts.model_source(name)
+    folder = Path(place).expanduser()
     if name.endswith(".gguf"):
         if not folder.is_file():
             raise ValueError(f"--model {name}: there is no such file; a model is {_NAMES}")
-    elif (name.startswith((".", "/", "~")) or name.count("/") > 1) and not folder.is_dir():
+    elif (place.startswith((".", "/", "~")) or place.count("/") > 1) and not folder.is_dir():
         raise ValueError(f"--model {name}: there is no such folder; a model is {_NAMES}")
     gguf_file = _smollm2_file() if name == "smollm2" else folder if name.endswith(".gguf") else None
     try:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from palate import artifacts
 from palate.models.small_diffusion import build_shapes_pipeline
 from palate.models.weights import sampled_hash
 
@@ -103,11 +104,12 @@ def load_diffusion(name: str, *, device: str = "cpu", dtype: torch.dtype = torch
     """The pipeline called ``name``, in eval mode; a safety checker is left out.
 
     Args:
-        name: a hub id, a local folder, ``shapes`` or ``shapes-edit``.
+        name: a hub id, a folder, the URL of one in a finished artifact, ``shapes`` or ``shapes-edit``.
 
     Raises:
         ValueError: there is no such model or device, it is of no supported family, or a part or a weight of it is
             missing; the message names what was looked for.
+        ArtifactError: it is a URL, and there is no such folder, or it is damaged.
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch {torch.__version__} finds no CUDA device here; use cpu")
@@ -117,8 +119,9 @@ def load_diffusion(name: str, *, device: str = "cpu", dtype: torch.dtype = torch
             if isinstance(part, nn.Module):
                 nn.Module.to(part, dtype)  # theirs warns of precisions that these do not mix
         return wrap(made.to(device), name)
-    folder = Path(name).expanduser()
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not folder.is_dir():
+    place = artifacts.model_source(name)
+    folder = Path(place).expanduser()
+    if (place.startswith((".", "/", "~")) or place.count("/") > 1) and not folder.is_dir():
         raise ValueError(f"--model {name}: there is no such folder; a model is {_NAMES}")
     with _explained(name, "model_index.json"):
         source = str(folder) if folder.is_dir() else name

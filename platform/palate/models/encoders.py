@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from palate import progress
+from palate import artifacts, progress
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,11 @@ def load_encoder(
 
     Raises:
         ValueError: there is no such encoder, or it is incomplete.
+        ArtifactError: it is a URL, and there is no such folder, or it is damaged.
     """
-    folder = Path(name).expanduser()
-    source = str(folder) if folder.is_dir() else name
+    place = artifacts.model_source(name)
+    folder = Path(place).expanduser()
+    source = str(folder) if folder.is_dir() else place
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, report = AutoModel.from_pretrained(source, dtype=dtype, output_loading_info=True, use_safetensors=True)

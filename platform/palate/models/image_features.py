@@ -12,6 +12,8 @@ from PIL import Image
 from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoModel
 
+from palate import artifacts
+
 PIXELS = "pixels"  # the name of the built-in statistics
 CELLS = 4  # of a side, whose mean colours are among them
 
@@ -28,8 +30,9 @@ def image_features(model: str = PIXELS, device: str = "cpu", batch: int = 16) ->
     """
     if model == PIXELS:
         return pixel_statistics
-    processor = AutoImageProcessor.from_pretrained(model)
-    network = AutoModel.from_pretrained(model, use_safetensors=True).to(device).eval()
+    source = artifacts.model_source(model)
+    processor = AutoImageProcessor.from_pretrained(source)
+    network = AutoModel.from_pretrained(source, use_safetensors=True).to(device).eval()
     if not hasattr(network, "get_image_features") and network.config.model_type.endswith("text_model"):
         raise ValueError(f"{model} is a {network.config.model_type}, which sees no images: name a vision model")
 

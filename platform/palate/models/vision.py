@@ -6,6 +6,8 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
+from palate import artifacts
+
 _NAMES = "a hub id such as facebook/dinov2-base or google/siglip-base-patch16-224, or a local folder"
 
 
@@ -22,10 +24,12 @@ def load_vision(name: str) -> VisionEncoder:
 
     Raises:
         ValueError: there is no such encoder, it is incomplete, or it is no vision transformer.
+        ArtifactError: it is a URL, and there is no such folder, or it is damaged.
     """
+    source = artifacts.model_source(name)
     try:
-        model, report = AutoModel.from_pretrained(name, output_loading_info=True, use_safetensors=True)
-        image_processor = AutoImageProcessor.from_pretrained(name)
+        model, report = AutoModel.from_pretrained(source, output_loading_info=True, use_safetensors=True)
+        image_processor = AutoImageProcessor.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"--vision {name} cannot be loaded: {error}\nAn encoder is {_NAMES}") from error
     missing = sorted(key for key in report["missing_keys"] if "pooler." not in key)

@@ -1,7 +1,6 @@
 """The HTTP application of one replica: OpenAI's routes and Palate's own, keys, limits, errors (DESIGN, "HTTP")."""
 
 import asyncio
-import json
 import logging
 import secrets
 import time
@@ -13,7 +12,7 @@ from functools import partial
 from typing import Annotated, Any, Protocol
 
 import torch
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -23,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from palate.serving import engine, logs, page
 from palate.serving.answering import Answering, NotFinite, chat_log_probs, envelope, text_log_probs, usage
 from palate.serving.engine import BASE, Completion, Event
+from palate.serving.errors import ApiError, sent
 from palate.serving.metrics import Metrics, RequestMetrics
 from palate.serving.schemas import (
     MAX_SEED,
@@ -35,7 +35,8 @@ from palate.serving.schemas import (
 )
 from palate.serving.sent_images import read_image
 from palate.serving.served_run import TOKEN_CHARACTERS, Personal, chat_prompt
-from palate.serving.service import Hosted, HostedUnified, Served, Service, Settings
+from palate.serving.service import Hosted, HostedUnified, Served, Service
+from palate.serving.settings import Settings
 from palate.serving.text import decode
 from palate.serving.unified import LEAD, ServedUnified, prompt_embeddings, prompt_ids
 from palate.serving.worker import EngineFailed, Overloaded
@@ -48,30 +49,6 @@ PERSONALIZATION = "x-palate-personalization"
 WAIT_SECONDS = 300.0  # longest that ?wait=true blocks
 
 log = logging.getLogger(__name__)
-
-
-class ApiError(HTTPException):
-    """An error in OpenAI's shape. A kind of FastAPI's own, which passes those through while it reads a body."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(status, message, headers)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    def body(self) -> dict[str, Any]:
-        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, headers=self.headers)
 
 
 @dataclass(frozen=True)
@@ -724,11 +701,6 @@ async def _chunks(
         yield sent({**head, "choices": [], "usage": usage(prompt_tokens, completions)})
     done(tokens)
     yield "data: [DONE]\n\n"
-
-
-def sent(content: dict[str, Any]) -> str:
-    """A server-sent event."""
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
 class EventStream(StreamingResponse):

@@ -21,10 +21,10 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
 from palate.serving.answering import NotFinite
+from palate.serving.errors import ApiError, sent
 from palate.serving.http import (
     ERRORS,
     PERSONALIZATION,
-    ApiError,
     By,
     Caller,
     ClientGone,
@@ -32,7 +32,6 @@ from palate.serving.http import (
     guarded_app,
     impersonal,
     require_user,
-    sent,
     take_places,
     translated,
     unless_gone,

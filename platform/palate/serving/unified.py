@@ -153,7 +153,9 @@ def load_images(url: str, vae: str, *, device: str = "cpu", dtype: torch.dtype =
     if not isinstance(model.pixel_head, PixelDecoder):
         raise ValueError(f"{url} has no pixel decoder: train --arm decoder, or the stage pixels on it")
     try:
-        loaded: Any = AutoencoderKL.from_pretrained(vae, torch_dtype=dtype, use_safetensors=True)
+        loaded: Any = AutoencoderKL.from_pretrained(
+            artifacts.model_source(vae), torch_dtype=dtype, use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"vae {vae!r} cannot be loaded: {error}") from error
     channels, width = int(loaded.config.latent_channels), model.config.latent_width

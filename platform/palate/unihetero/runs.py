@@ -258,16 +258,19 @@ class _Run:
         ends = {config.samples // config.batch, steps}
         settings = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
         folder = artifacts.join(self.out, "training")
-        points = Path(self.out) / "points"
-        points.mkdir(parents=True, exist_ok=True)
+        filesystem, points = artifacts.locate(artifacts.join(self.out, "points"))
+        filesystem.makedirs(points, exist_ok=True)
 
         def observe(step: int) -> None:
-            file = points / f"{stops[step]:09d}.json"
-            if not file.exists() or json.loads(file.read_text())["of"] != settings:
+            file = f"{points}/{stops[step]:09d}.json"
+            if not filesystem.exists(file) or json.loads(filesystem.cat_file(file))["of"] != settings:
                 found = {"samples": stops[step], "of": settings, **self.measured()}
                 if step in ends:
                     found["final"] = self.measured_at_the_end()
-                whole = file.with_suffix(".part")  # a kill leaves no half of a point
+                if not artifacts.is_local(filesystem):
+                    filesystem.pipe_file(file, json.dumps(found).encode())
+                    return
+                whole = Path(file).with_suffix(".part")  # a kill leaves no half of a point
                 whole.write_text(json.dumps(found))
                 whole.replace(file)
 
@@ -299,7 +302,7 @@ class _Run:
         rows = run_logs.read(folder)
         result = {
             **self.settings,
-            "points": [json.loads(file.read_text()) for file in sorted(points.glob("*.json"))],
+            "points": [json.loads(filesystem.cat_file(file)) for file in sorted(filesystem.glob(f"{points}/*.json"))],
             "fingerprints": {str(stop): _chain(rows[:step]) for step, stop in stops.items()},
             "flops_per_sample": self.flops(),
             "seconds": time.perf_counter() - started,

@@ -213,7 +213,9 @@ def load_parts(config: TrainConfig, device: str) -> Parts:
     latents = None
     if config.vae is not None:
         latents = LatentMaker(
-            AutoencoderKL.from_pretrained(config.vae, use_safetensors=True).to(device), processor, settings.image_tokens
+            AutoencoderKL.from_pretrained(artifacts.model_source(config.vae), use_safetensors=True).to(device),
+            processor,
+            settings.image_tokens,
         )
         settings.latent_width = latents.width
     branch = config.branch_from or settings.text_config.num_hidden_layers // 2

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,7 +55,7 @@ class SweepConfig:
     parts: str
     """Their parts (jobs/unihetero.py parts)."""
     out: str = scale()
-    """Folder of the experiment."""
+    """Folder or URL of the experiment."""
     runs: RunConfig = field(default_factory=RunConfig)
     arms: tuple[str, ...] = scale(MAIN)
     """Compared over ``seeds`` seeds."""
@@ -116,13 +115,14 @@ def sweep(config: SweepConfig) -> list[Artifact]:
     Raises:
         ArtifactMismatch: ``out`` holds another experiment.
     """
-    Path(config.out).mkdir(parents=True, exist_ok=True)
     _same(config)
     with progress.stage("calibration"):
         weights = _spread(config, [("calibrate", name) for name in _calibrated(config)])
     objectives = dict(zip(_calibrated(config), (ObjectiveConfig(**found) for found in weights), strict=True))
     described = {"settings": identity(config), "objectives": {k: to_dict(v) for k, v in objectives.items()}}
-    (Path(config.out) / "experiment.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+    filesystem, root = artifacts.locate(config.out)
+    filesystem.makedirs(root, exist_ok=True)
+    filesystem.pipe_file(f"{root}/experiment.json", (json.dumps(described, indent=2, sort_keys=True) + "\n").encode())
     with progress.stage("runs"):
         work = []
         for task in tasks(config):
@@ -221,9 +221,9 @@ def _folder(arm: str) -> str:
 
 
 def _same(config: SweepConfig) -> None:
-    file = Path(config.out) / "experiment.json"
-    if file.exists():
-        before = json.loads(file.read_text())["settings"]
+    filesystem, root = artifacts.locate(config.out)
+    if filesystem.exists(file := f"{root}/experiment.json"):
+        before = json.loads(filesystem.cat_file(file))["settings"]
         now = json.loads(json.dumps(identity(config)))
         if different := sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key)):
             raise ArtifactMismatch(
