@@ -1,26 +1,16 @@
 """Tiny models and samples for the tests of the unified model."""
 
-import os
-import random
-import signal
-import threading
-import time
-from pathlib import Path
-
 import torch
 from diffusers import AutoencoderKL
 from transformers import LlamaForCausalLM, ViTConfig, ViTImageProcessor, ViTModel
 
-from palate.artifacts import Artifact
 from palate.corpora import captions
 from palate.corpora.worlds import scenes
 from palate.models.small_lm import small_llama, word_tokenizer
 from palate.models.small_vision import random_encoder, vit_config
-from palate.training.parallel import World
 from palate.unihetero.arms import ARMS, configured
 from palate.unihetero.model import UniHeteroConfig, UniHeteroModel
 from palate.unihetero.phrasing import Phrasing, add_image_tokens, with_tokens
-from palate.unihetero.stages import TrainConfig, pipeline
 
 WIDTH, FEATURES, PLACES, LATENT = 32, 24, 4, 6
 SAID = "a red blue circle square what where is it left right"
@@ -121,20 +111,3 @@ def build_parts(root):
         mid_block_add_attention=False,
     ).save_pretrained(root / "vae")
     return root
-
-
-def killed_once(config: TrainConfig, world: World) -> Artifact:
-    """``pipeline``, whose last rank gets a real SIGKILL in the middle of some step, the first time."""
-    marker = Path(config.out) / "killed"
-    log = Path(config.out) / "training" / "training.jsonl"
-
-    def watch() -> None:
-        while not (log.exists() and log.read_text().count("\n") >= 5):
-            time.sleep(0.001)
-        time.sleep(random.uniform(0, 0.1))
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    if world.rank == world.size - 1 and not marker.exists():
-        threading.Thread(target=watch, daemon=True).start()
-    return pipeline(config, world)

@@ -1,9 +1,8 @@
-"""CARD on two ranks, under torchrun and under Ray, against one process."""
+"""CARD on two ranks under torchrun against one process; under Ray, test_two_nodes.py."""
 
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ import toy_runs
 from palate import artifacts
 from palate.card import stages
 from palate.corpora.worlds import personas
-from palate.distributed.launch import launch
 from palate.serving.answers import sample_answers
 from palate.training.parallel import World
 
@@ -56,14 +54,6 @@ def test_two_ranks_of_torchrun_end_as_one_process(corpus, alone, tmp_path):
     command += ["--launcher", "torchrun", "--corpus", corpus, "--out", str(tmp_path / "run"), *FLAGS.split()]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(tmp_path / "run", alone)
-
-
-@pytest.mark.slow
-def test_two_workers_of_ray_end_as_one_process(corpus, alone, tmp_path, ray_cluster):
-    config = toy_runs.card(corpus, tmp_path / "run")
-    worker = partial(stages.pipeline, sampler=sample_answers)
-    launch(worker, config, launcher="ray", workers=2, folder=config.out)
     assert_same(tmp_path / "run", alone)
 
 
