@@ -366,7 +366,8 @@ def os_errors() -> Iterator[None]:
         raise
     except Exception as error:
         if type(error).__module__.startswith("botocore."):
-            raise OSError(f"object storage failed: {error}; the same command goes on when it is there again") from error
+            text = str(error).rstrip(".")
+            raise OSError(f"object storage failed: {text}; the same command goes on when it is there again") from error
         raise
 
 
