@@ -1,7 +1,7 @@
 """Evaluate finished runs beside their baselines and controls. Run with --help, or a subcommand and --help."""
 
 from palate import config as configs
-from palate.artifacts import ArtifactError, open_artifact
+from palate.artifacts import ArtifactError, open_artifact, os_errors
 from palate.corpora.schema import TEXT_CORPUS
 from palate.evaluation import images, vision
 from palate.evaluation.comparison import Comparison, TextConfig
@@ -16,7 +16,8 @@ def main() -> None:
     subcommands = {"text": TextConfig, "images": ImagesConfig, "vision": VisionConfig}
     config = configs.parse_command(subcommands, __doc__)
     try:
-        EVALUATE[type(config)](config)
+        with os_errors():
+            EVALUATE[type(config)](config)
     except (ArtifactError, ValueError, OSError) as error:
         raise SystemExit(f"evaluate: {error}") from None
 

@@ -1,13 +1,14 @@
 """Give people who came after the training a vector in a finished personal run, from lists that they ranked."""
 
 from palate import config as configs
-from palate.artifacts import ArtifactError
+from palate.artifacts import ArtifactError, os_errors
 from palate.lpo.newcomers import NewcomersConfig, add_people
 
 
 def main() -> None:
     try:
-        made = add_people(configs.parse(NewcomersConfig, __doc__))
+        with os_errors():
+            made = add_people(configs.parse(NewcomersConfig, __doc__))
     except (ArtifactError, ValueError, OSError) as error:
         raise SystemExit(f"newcomers: {error}") from None
     print(f"{made.url}: {made.summary['people']} people, {made.summary['added']} of them new")

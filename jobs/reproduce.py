@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from palate import config as configs
 from palate import progress
-from palate.artifacts import Artifact, ArtifactError, join, open_artifact
+from palate.artifacts import Artifact, ArtifactError, join, open_artifact, os_errors
 from palate.card.adaptation import AdaptConfig
 from palate.card.heads import PreferConfig
 from palate.card.stages import CardConfig, PromptConfig
@@ -142,7 +142,7 @@ def main() -> None:
     lines: list[Line] = []
     try:
         for paper in config.papers:
-            with progress.stage(paper):
+            with progress.stage(paper), os_errors():
                 lines += parts[paper](join(config.out, paper), size, config.workers)
         said = [f"size {config.size}: {size.about}", "on synthetic worlds; docs/results has real data and larger runs"]
         report = reproduction.write(lines, config.out, "Three papers' claims, tested", said)

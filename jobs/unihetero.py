@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 
 from palate import config as configs
-from palate.artifacts import ArtifactError
+from palate.artifacts import ArtifactError, os_errors
 from palate.config import scale
 from palate.distributed.launch import launch
 from palate.training.guards import TrainingStopped
@@ -78,7 +78,8 @@ RUN = {TrainConfig: train, PartsConfig: parts, SweepConfig: experiment, ReportCo
 def main() -> None:
     config = configs.parse_command(COMMANDS, __doc__)
     try:
-        RUN[type(config)](config)
+        with os_errors():
+            RUN[type(config)](config)
     except (ArtifactError, TrainingStopped, ValueError, OSError) as error:
         raise SystemExit(f"unihetero: {error}") from None
 

@@ -403,6 +403,8 @@ def test_object_storage_that_is_not_there_is_an_oserror_in_one_sentence():
     exceptions = pytest.importorskip("botocore.exceptions")
     with pytest.raises(OSError, match=r"object storage failed: Could not connect .* goes on"), artifacts.os_errors():
         raise exceptions.EndpointConnectionError(endpoint_url="http://127.0.0.1:1/a")
+    with pytest.raises(OSError, match=r"object storage failed: Unable to locate credentials$"), artifacts.os_errors():
+        raise exceptions.NoCredentialsError  # which does not pass
     with pytest.raises(KeyError), artifacts.os_errors():  # what is no storage's fault stays what it is
         raise KeyError("a")
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 from palate import config as configs
-from palate.artifacts import ArtifactError, join, open_artifact
+from palate.artifacts import ArtifactError, join, open_artifact, os_errors
 from palate.config import scale
 from palate.corpora.schema import RANKED_LISTS, TEXT_CORPUS
 from palate.distributed.launch import launch
@@ -276,7 +276,8 @@ def scores(config: DecodingBetas, values: Mapping[str, Any]) -> dict[str, Scores
 def main() -> None:
     config = configs.parse_command({"lpo": KlBetas, "decoding": DecodingBetas}, __doc__)
     try:
-        print(sweep_kl(config) if isinstance(config, KlBetas) else sweep_decoding(config))
+        with os_errors():
+            print(sweep_kl(config) if isinstance(config, KlBetas) else sweep_decoding(config))
     except (ArtifactError, TrainingStopped, ValueError, OSError) as error:
         raise SystemExit(f"betas: {error}") from None
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from palate import config as configs
-from palate.artifacts import ArtifactError, join, open_artifact
+from palate.artifacts import ArtifactError, join, open_artifact, os_errors
 from palate.card.stages import CardConfig, pipeline
 from palate.corpora.schema import TEXT_CORPUS
 from palate.distributed.launch import launch
@@ -51,7 +51,8 @@ class ClustersConfig:
 def main() -> None:
     config = configs.parse(ClustersConfig, __doc__)
     try:
-        print(sweep(config))
+        with os_errors():
+            print(sweep(config))
     except (ArtifactError, TrainingStopped, ValueError, OSError) as error:
         raise SystemExit(f"clusters: {error}") from None
 

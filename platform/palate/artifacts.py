@@ -366,8 +366,9 @@ def os_errors() -> Iterator[None]:
         raise
     except Exception as error:
         if type(error).__module__.startswith("botocore."):
-            text = str(error).rstrip(".")
-            raise OSError(f"object storage failed: {text}; the same command goes on when it is there again") from error
+            away = {kind.__name__ for kind in type(error).__mro__} & {"ConnectionError", "HTTPClientError"}
+            then = "; the same command goes on when it is there again" if away else ""
+            raise OSError(f"object storage failed: {str(error).rstrip('.')}{then}") from error
         raise
 
 

@@ -103,6 +103,26 @@ def test_gpus_are_asked_for_though_no_machine_has_started_yet(tmp_path, ray_clus
     assert given["torch_config"].backend == ("cpu:gloo,cuda:nccl" if asked else "gloo")
 
 
+@pytest.mark.parametrize(("cause", "raised"), [(OSError(28, "no space"), OSError), (RuntimeError("gone"), Exception)])
+def test_what_the_disk_refuses_again_and_again_is_raised_as_it_is(tmp_path, ray_cluster, monkeypatch, cause, raised):
+    import ray.train.torch
+
+    tries = []
+
+    class Trainer:
+        def __init__(self, worker, **given): ...
+
+        def fit(self):
+            tries.append(1)
+            raise ray.train.WorkerGroupError("the group failed", {0: cause})
+
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
+    with pytest.raises(raised) as caught:
+        run_ray(toy.run, toy.ToyConfig(str(tmp_path)), workers=2, folder=tmp_path, failures=2)
+    assert len(tries) == 3
+    assert (caught.value is cause) == isinstance(cause, OSError)
+
+
 @pytest.mark.slow
 def test_a_killed_worker_is_started_again_and_nothing_changes(tmp_path, ray_cluster):
     """One worker; two, on nodes that go and come: tests/chaos."""

@@ -113,7 +113,8 @@ def run_ray(
             once, as the worker raised it; preempted nodes are waited for without a limit.
 
     Raises:
-        ray.train.TrainingFailedError: workers died more often than ``failures``.
+        OSError: the disk or object storage refused more often than ``failures``.
+        ray.train.TrainingFailedError: workers died more often than that.
     """
     import ray
     from pyarrow.fs import FSSpecHandler, PyFileSystem
@@ -144,6 +145,8 @@ def run_ray(
             if final := next((cause for cause in causes if is_final(cause)), None):
                 raise final from error
             if attempt == failures:
+                if refused := next((cause for cause in causes if isinstance(cause, OSError)), None):
+                    raise refused from error  # by the disk or the storage, all the time
                 raise
             log.warning("a worker died; starting the group again, %d of %d: %s", attempt + 1, failures, error)
     raise AssertionError  # the last attempt returned or raised

@@ -852,8 +852,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _database_unavailable(request: Request, error: Exception) -> Response:
+    return _away(error, request.state.request_id)
+
+
+def _away(error: Exception, request_id: str) -> Response:
     assert isinstance(error, DatabaseUnavailable)
-    log.warning("the database is away", exc_info=error, extra={"request_id": request.state.request_id})
+    log.warning("the database is away", exc_info=error, extra={"request_id": request_id})
     return translated(error).response()
 
 
@@ -909,7 +913,7 @@ class Authenticated:
                 await error.response()(scope, receive, send)
                 return
             except DatabaseUnavailable as error:
-                await translated(error).response()(scope, receive, send)
+                await _away(error, scope["state"]["request_id"])(scope, receive, send)
                 return
             scope.setdefault("state", {})["caller"] = caller
         await self._app(scope, receive, send)

@@ -302,7 +302,11 @@ class _Run:
         rows = run_logs.read(folder)
         result = {
             **self.settings,
-            "points": [json.loads(filesystem.cat_file(file)) for file in sorted(filesystem.glob(f"{points}/*.json"))],
+            "points": [
+                json.loads(filesystem.cat_file(f))
+                for f in sorted(filesystem.ls(points, detail=False))
+                if f.endswith(".json")
+            ],
             "fingerprints": {str(stop): _chain(rows[:step]) for step, stop in stops.items()},
             "flops_per_sample": self.flops(),
             "seconds": time.perf_counter() - started,

@@ -33,6 +33,8 @@ WAIT_S = 30.0  # how long a writer waits for others on SQLite
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html: connection, resources, an operator's intervention.
 _POSTGRESQL_PASSING = frozenset({"08", "53", "57"})
+_DROPPED = "57P04"  # the database is gone for good
+_PG8000_PASSING = ("network error", "communication error", "connection is closed", "Can't create a connection")
 _SQLITE_PASSING = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR})
 
 _AWAY = "the database of people cannot work just now"
@@ -59,23 +61,23 @@ def unavailable_said() -> Iterator[None]:
     """
     try:
         yield
-    except ConnectionError as error:  # pg8000 lets some of its socket's errors through
-        raise DatabaseUnavailable(f"{_AWAY} ({error})") from error
     except DBAPIError as error:
         if not (error.connection_invalidated or _is_passing(error.orig)):
             raise
         raise DatabaseUnavailable(f"{_AWAY} ({error.orig})") from error
+    except (ConnectionError, TimeoutError, ssl.SSLError) as error:  # pg8000 lets some of its socket's errors through
+        raise DatabaseUnavailable(f"{_AWAY} ({error})") from error
 
 
 def _is_passing(error: BaseException | None) -> bool:
     """Whether a driver's error is of the connection, of the server's state or of its room, not of what was asked."""
     match error:
         case pg8000.exceptions.InterfaceError():
-            return True
-        case sqlite3.OperationalError():
-            return error.sqlite_errorcode & 0xFF in _SQLITE_PASSING
+            return str(error).startswith(_PG8000_PASSING)
+        case sqlite3.OperationalError():  # those that the module itself raises have no code
+            return getattr(error, "sqlite_errorcode", 0) & 0xFF in _SQLITE_PASSING
         case pg8000.exceptions.DatabaseError(args=[{"C": str(code)}, *_]):
-            return code[:2] in _POSTGRESQL_PASSING
+            return code[:2] in _POSTGRESQL_PASSING and code != _DROPPED
     return False
 
 
