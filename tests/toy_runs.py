@@ -41,7 +41,7 @@ def lpo(lists: str, out: Path, **changes: Any) -> LpoConfig:
     )
 
 
-def unihetero(parts: Path, out: Path, steps: int = 6) -> TrainConfig:
+def unihetero(parts: Path, out: Path) -> TrainConfig:
     """``parts`` is a folder that ``toy_unihetero.build_parts`` made."""
     return TrainConfig(
         corpus=(f"{parts}/index",),
@@ -51,5 +51,5 @@ def unihetero(parts: Path, out: Path, steps: int = 6) -> TrainConfig:
         vae=f"{parts}/vae",
         arm="decoder",
         cache=f"{parts}/cache",
-        train=PretrainConfig(steps=steps, batch=6, micro_batch=2, checkpoint_every=2),
+        train=PretrainConfig(steps=6, batch=6, micro_batch=2, checkpoint_every=2),
     )

@@ -24,10 +24,10 @@ def parts(tmp_path_factory):
     return build_parts(tmp_path_factory.mktemp("parts"))
 
 
-def command(parts, out: Path, *flags: str, steps: int = 6) -> list[str]:
+def command(parts, out: Path, *flags: str) -> list[str]:
     given = ["--corpus", f"{parts}/index", "--language", f"{parts}/language", "--vision", f"{parts}/vision"]
     given += ["--vae", f"{parts}/vae", "--arm", "decoder", "--cache", f"{parts}/cache", "--out", str(out)]
-    given += ["--steps", str(steps), "--batch", "6", "--micro-batch", "2", "--checkpoint-every", "2"]
+    given += ["--steps", "6", "--batch", "6", "--micro-batch", "2", "--checkpoint-every", "2"]
     return [str(JOB), "train", *given, *flags]
 
 

@@ -35,8 +35,9 @@ from palate.artifacts import ArtifactMismatch, cache_folder
 from palate.models.weights import sampled_hash
 
 BUILT_IN = ("smollm2", "tiny")
-_NAMES = "a hub id such as HuggingFaceTB/SmolLM2-360M-Instruct, a local folder, a .gguf file, or one of " + ", ".join(
-    BUILT_IN
+_NAMES = (
+    "a hub id such as HuggingFaceTB/SmolLM2-360M-Instruct, a local folder, the URL of one in a finished artifact, a "
+    f"local .gguf file, or one of {', '.join(BUILT_IN)}"
 )
 
 
@@ -78,6 +79,8 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, device: str
         raise ValueError(f"--device {device}: torch {torch.__version__} finds no CUDA device here; use cpu")
     if name == "tiny":
         return wrap(_tiny_model().to(dtype).to(device), _tiny_tokenizer(), name)
+    if name.endswith(".gguf") and "://" in name:
+        raise ValueError(f"--model {name}: a .gguf file is read from a local disk; a model is {_NAMES}")
     place = artifacts.model_source(name)
     folder = Path(place).expanduser()
     if name.endswith(".gguf"):

@@ -43,7 +43,7 @@ BUILT_IN = ("shapes", "shapes-edit")
 _CHECKER = ("safety_checker", "feature_extractor")
 _NAMES = (
     "a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5, a local folder that diffusers' save_pretrained "
-    f"wrote, or one of {', '.join(BUILT_IN)}"
+    f"wrote, the URL of one in a finished artifact, or one of {', '.join(BUILT_IN)}"
 )
 
 

@@ -8,7 +8,10 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from palate import artifacts
 
-_NAMES = "a hub id such as facebook/dinov2-base or google/siglip-base-patch16-224, or a local folder"
+_NAMES = (
+    "a hub id such as facebook/dinov2-base or google/siglip-base-patch16-224, a local folder, or the URL of one in a "
+    "finished artifact"
+)
 
 
 @dataclass(frozen=True)
