@@ -224,7 +224,7 @@ def load(config: FaultsBenchmark, cluster: Cluster, key: str, log: Path) -> Iter
     command = [sys.executable, "-m", "locust", "--headless", "--only-summary", "--loglevel", "WARNING"]
     command += ["--locustfile", str(ROOT / "benchmarks" / "serve_faults_users.py"), "--host", cluster.url]
     command += ["--users", str(config.users), "--spawn-rate", str(config.users), "--exit-code-on-error", "0"]
-    command += ["--stop-timeout", "70"]  # longer than any request, so that each ends and is noted
+    command += ["--stop-timeout", "190"]  # three tries of OpenAI's client, so that every request ends and is noted
     environment = {**os.environ, "FAULTS_KEY": key, "FAULTS_LOG": str(log), "FAULTS_PACE": str(config.pace)}
     log.touch()
     process = subprocess.Popen(command, cwd=log.parent, env=environment, stdout=sys.stderr)
@@ -233,7 +233,7 @@ def load(config: FaultsBenchmark, cluster: Cluster, key: str, log: Path) -> Iter
     finally:
         process.terminate()
         try:
-            process.wait(90)
+            process.wait(200)
         finally:
             process.kill()
 
