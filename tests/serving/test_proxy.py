@@ -50,7 +50,7 @@ def test_a_request_that_nobody_answers_is_to_be_sent_again():
     assert answer.headers["retry-after"] == "1"
     assert answer.headers["x-request-id"] == "abc"
     assert answer.json()["error"] == {
-        "message": "the replica that answered has ended: try again",
+        "message": "the answer broke off; its replica may have ended: try again",
         "type": "server_error",
         "param": None,
         "code": "replica_lost",
@@ -87,6 +87,8 @@ def test_serves_own_refusal_gets_the_shape_of_the_api_and_its_probes_do_not():
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
     assert answer.headers["retry-after"] == "1"
     assert get(*refusal, path="/-/healthz").text == "Request dropped due to backpressure"
+    refusal[0]["headers"].append((b"retry-after", b"7"))
+    assert get(*refusal).headers["retry-after"] == "7"
 
 
 def test_it_starts_quickly():

@@ -1,4 +1,5 @@
-"""What clients are told when a replica dies under their request: an error in OpenAI's shape that says to try again.
+"""What clients are told when an answer breaks off, as those of a replica do that dies: an error in OpenAI's shape that
+says to try again.
 
 Requests pass through a process of Ray Serve's own, its proxy, which outlives replicas. Left alone, it answers what was
 under way on a replica that died with a bare 500, breaks its streams off, and refuses what is too much in plain text.
@@ -35,12 +36,14 @@ class Retryable:
             await self._app(scope, receive, send)
             return
         refused = started = streams = ended = False
+        retry = RETRY
 
         async def watched(message: Message) -> None:
-            nonlocal refused, started, streams, ended
+            nonlocal refused, started, streams, ended, retry
             if message["type"] == "http.response.start":
                 refused = _is_serves_refusal(scope, message)
                 streams = _content_type(message) == "text/event-stream"
+                retry = _headers(message).get("retry-after", RETRY)
             if refused:  # answered below
                 return
             started = True
@@ -48,10 +51,13 @@ class Retryable:
             await send(message)
 
         await self._app(scope, receive, watched)
-        headers = {"Retry-After": RETRY}
+        # Serve's own Retry-After only with its own refusal.
+        headers = {"Retry-After": retry if refused else RETRY}
         if name := Headers(scope=scope).get("x-request-id"):
             headers["X-Request-Id"] = name
-        lost = ApiError(503, "the replica that answered has ended: try again", code="replica_lost", headers=headers)
+        # A generator that ends early does the same while its replica lives: from here they look alike.
+        text = "the answer broke off; its replica may have ended: try again"
+        lost = ApiError(503, text, code="replica_lost", headers=headers)
         if refused:
             error = ApiError(503, "too many requests wait, or no replica is there yet: try again", code="overloaded")
             error.headers = headers
@@ -70,4 +76,8 @@ def _is_serves_refusal(scope: Scope, start: Message) -> bool:
 
 
 def _content_type(start: Message) -> str:
-    return Headers(raw=start.get("headers", [])).get("content-type", "").partition(";")[0]
+    return _headers(start).get("content-type", "").partition(";")[0]
+
+
+def _headers(start: Message) -> Headers:
+    return Headers(raw=start.get("headers", []))
