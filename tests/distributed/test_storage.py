@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -39,7 +41,7 @@ evaluate.py images --run tuned={at}/run --out {at}/evaluation --corpus {at}/list
 UNIFIED = """
 prepare.py scenes --out {at}/scenes --encoder 64 --train 32 --validation 2 --test 12 --objects 1
 prepare.py captions --input {at}/scenes/train/*.tar --out {at}/index
-unihetero.py parts --corpus {at}/scenes --out {at}/parts --encoder-steps 2 --autoencoder-steps 2 --width 16
+unihetero.py parts --corpus {at}/scenes --out {at}/parts --encoder-steps 20 --autoencoder-steps 20 --width 16
   --layers 1 --language-width 16 --language-layers 2
 unihetero.py train --corpus {at}/index --out {at}/run --language {at}/parts/language --vision {at}/parts/vision
   --vae {at}/parts/vae --arm decoder --image-tokens 16 --merge concatenate --steps 3 --batch 4 --micro-batch 4
@@ -74,7 +76,11 @@ def require_equal(local: Artifact, remote: Artifact, path: str, places: Sequence
             assert ours.keys() == theirs.keys(), path
             assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == [], path
         case ".parquet":
-            assert pq.read_table(one).equals(pq.read_table(other)), path
+            table = pq.read_table(other)
+            for number, field in enumerate(table.schema):
+                if pa.types.is_string(field.type):  # an index names its shards
+                    table = table.set_column(number, field, pc.replace_substring(table[number], places[1], places[0]))
+            assert pq.read_table(one).equals(table), path
         case ".json":
             here, there = places
             require_same_numbers(json.loads(one.read_text()), json.loads(other.read_text().replace(there, here)), path)
