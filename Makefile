@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Threads that wait sleep rather than spin: beside other work on the same cores, spinning makes each step several times longer.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-chaos lint install clean
+.PHONY: demo test test-slow test-chaos test-long lint install clean
 
 install: $(STAMP)
 
@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 demo: $(STAMP)
-	RAY_AUTH_MODE=disabled HF_HUB_OFFLINE=1 $(BIN)/python jobs/demo.py --out runs/demo
+	RAY_AUTH_MODE=disabled HF_HUB_OFFLINE=1 $(BIN)/python jobs/demo.py --out runs/demo $(DEMO)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadgroup
@@ -30,7 +30,10 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow || [ $$? -eq 5 ]
 
 test-chaos: $(STAMP)
-	$(BIN)/python -m pytest -q -m chaos
+	$(BIN)/python -m pytest -q -m "chaos and not long"
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -q -m long
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

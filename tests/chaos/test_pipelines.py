@@ -250,7 +250,10 @@ def train_on_two_ranks(job: list[str], folder: Path) -> None:
             assert run.wait() == 0, run.words()
 
 
-@each_pipeline
+@pytest.mark.parametrize(
+    "pipeline",
+    [pytest.param(one, id=one.name, marks=[pytest.mark.long] * (one is not PIPELINES[0])) for one in PIPELINES],
+)
 def test_workers_a_node_and_the_driver_are_lost_in_one_training(
     pipeline: Pipeline, inputs: Path, nodes: Nodes, tmp_path: Path, chance: random.Random
 ) -> None:
