@@ -23,7 +23,7 @@ demo: $(STAMP)
 	RAY_AUTH_MODE=disabled HF_HUB_OFFLINE=1 $(BIN)/python jobs/demo.py --out runs/demo $(DEMO)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 test-slow: $(STAMP)
 	@# 5 says that no test is marked slow, which is no failure.

@@ -15,14 +15,6 @@ settings.load_profile("palate")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What stays together when ``make test`` runs in two processes: a file's tests, which share fixtures, and all that
-    share the one Ray cluster."""
-    for item in items:
-        group = "ray" if "distributed" in item.path.parts else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """An S3 server in this process, with the environment set so that s3:// URLs lead to it, in subprocesses too."""

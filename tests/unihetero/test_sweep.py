@@ -91,7 +91,7 @@ def test_arms_see_the_same_data_and_are_measured_at_every_stop(finished):
     assert by_arm["decoder", 0]["flops_per_sample"] > by_arm["understanding", 0]["flops_per_sample"]
 
 
-def test_weights_give_the_gradients_the_ratio_that_was_asked_for(settings):
+def test_weights_give_the_gradients_the_ratio_that_was_asked_for(settings, finished):
     objectives = json.loads((Path(settings.out) / "experiment.json").read_text())["objectives"]
     assert set(objectives) == {"embedding", "encoder", "decoder"}
     assert all(one["semantic_weight"] > 0 for one in objectives.values())
