@@ -189,21 +189,25 @@ def test_what_was_under_way_on_a_killed_replica_is_told_to_try_again(served):
 
 @pytest.mark.slow
 def test_callers_of_the_openai_client_do_not_notice(served):
-    """Which tries again twice by itself, a second later as the answer says. How many were on the replica that is killed
-    is Serve's choice, and may be none."""
+    """Which tries again twice by itself, a second later as the answer says."""
     url, key = served
     victim = min(replicas())
 
     async def load() -> list:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, timeout=120) as client:
             create = client.chat.completions.with_raw_response.create
-            calls = [asyncio.create_task(create(**LONG)) for _ in range(8)]
+            calls = []
+            for _ in range(8):  # one after another: Serve gives all that come at once to the same replica
+                calls.append(asyncio.create_task(create(**LONG)))
+                await asyncio.sleep(0.03)
+            # Each takes all slots of a replica: when one is answered, others wait on both.
             await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
             os.kill(victim, signal.SIGKILL)
             return await asyncio.gather(*calls)
 
     answers = asyncio.run(load())
     assert [len(answer.parse().choices) for answer in answers] == [LONG["n"]] * 8
+    assert sum(answer.retries_taken for answer in answers) > 0  # some were on the replica that was killed
     wait_for_replicas(victim)
 
 
