@@ -1,7 +1,12 @@
-"""How long a run takes to go on after a fault: printed, and kept where ``PALATE_CHAOS_RECORD`` names a file."""
+"""How long a run takes to go on after a fault: printed, and kept where ``PALATE_CHAOS_RECORD`` names a file.
+
+python tests/recoveries.py FILE     the medians of such a file
+"""
 
 import json
 import os
+import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,3 +34,17 @@ def wait_for(condition: Callable[[], bool], what: str, ended: Callable[[], str |
         assert time.monotonic() < began + seconds, f"{what}: not within {seconds} s"
         time.sleep(0.05)
     return time.monotonic() - began
+
+
+def main(file: Path) -> None:
+    """Print a line of each fault and pipeline: the median seconds, and of how many."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for line in file.read_text().splitlines():
+        one = json.loads(line)
+        found.setdefault((one["fault"], one["pipeline"]), []).append(one["seconds"])
+    for (fault, pipeline), seconds in sorted(found.items()):
+        print(f"{fault:<45} {pipeline:<10} {statistics.median(seconds):6.1f} s  of {len(seconds)}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
