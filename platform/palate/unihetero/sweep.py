@@ -177,7 +177,9 @@ def _spread(config: SweepConfig, work: Sequence[tuple[Any, ...]]) -> list[Any]:
     if config.workers == 1:
         return [_do(config, *piece) for piece in progress.track(work, "runs")]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.workers, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(
+        config.workers, mp_context=context, initializer=_one_thread, initargs=(os.getpid(),)
+    ) as pool:
         waiting = [pool.submit(_do, config, *piece) for piece in work]
         try:
             return [future.result() for future in progress.track(waiting, "runs")]
@@ -186,12 +188,14 @@ def _spread(config: SweepConfig, work: Sequence[tuple[Any, ...]]) -> list[Any]:
             raise
 
 
-def _one_thread() -> None:
+def _one_thread(parent: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     if sys.platform == "linux":  # end with the sweep, however it ends: two writers of one run must not be
         set_death_signal = 1
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before it could be watched
+            os._exit(1)
 
 
 @lru_cache(maxsize=1)
