@@ -183,7 +183,7 @@ DO: dict[type, Callable[[Store, Any], None]] = {
 def main() -> None:
     command = configs.parse(Command, __doc__)
     try:
-        with open_store(command.database) as store:
+        with open_store(command.database, patient=True) as store:
             DO[type(command)](store, command)
     except (ArtifactError, ValueError, OSError) as error:
         raise SystemExit(f"admin: {error}") from None

@@ -7,12 +7,16 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pg8000.dbapi
 import pytest
+
+from toy_nodes import descendants
 
 START_S = 60
 OPTIONS = {"listen_addresses": "", "fsync": "off", "max_connections": "200", "shared_buffers": "32MB"}
@@ -87,6 +91,19 @@ class Server:
             self._process.send_signal(signal_number)
             self._process.wait(30)
             self._process = None
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """It keeps its connections and takes new ones, and answers nothing."""
+        assert self._process is not None
+        pids = [self._process.pid, *descendants(self._process.pid)]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
 
     def close(self) -> None:
         """End it and remove everything."""

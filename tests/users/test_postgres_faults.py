@@ -5,7 +5,9 @@ import threading
 import time
 
 import pytest
+from sqlalchemy import text
 
+from palate.users import database
 from palate.users.database import DatabaseUnavailable
 from palate.users.store import PastText, open_store
 from toy_postgres import Server, admin, postgres_url
@@ -63,3 +65,30 @@ def test_what_was_answered_is_there_after_a_restart_and_the_store_goes_on(server
             assert exported is not None
             assert [text["output"] for text in exported["texts"]] == [f"text {number}"]
     assert len(failed) >= 6
+
+
+@pytest.mark.timeout(60)
+def test_a_silent_server_is_away_and_what_it_says_later_is_nobodys_answer(server, monkeypatch):
+    monkeypatch.setattr(database, "WAIT_S", 0.3)
+    admin(str(server.folder), "CREATE DATABASE people")
+    with open_store(postgres_url(str(server.folder), "people")) as store:
+        store.put_history("acme", "ann", [PastText("", "kept")])
+        with server.frozen(), pytest.raises(DatabaseUnavailable):
+            store.put_history("acme", "ben", [PastText("", "never written")])
+        with pytest.raises(DatabaseUnavailable), store.write() as connection, server.frozen():
+            connection.execute(text("DELETE FROM people"))
+        with store.read() as connection:
+            assert connection.execute(text("SELECT 41 + 1")).scalar_one() == 42
+        assert store.export("acme", "ann")["texts"][0]["output"] == "kept"
+        assert store.export("acme", "ben") is None
+
+
+@pytest.mark.timeout(60)
+def test_an_operator_waits_as_long_as_it_takes(server, monkeypatch):
+    monkeypatch.setattr(database, "WAIT_S", 0.3)
+    admin(str(server.folder), "CREATE DATABASE people")
+    with open_store(postgres_url(str(server.folder), "people"), patient=True) as store, store.read() as connection:
+        assert connection.execute(text("SELECT 42 FROM pg_sleep(0.8)")).scalar_one() == 42
+    with open_store(postgres_url(str(server.folder), "people")) as store:
+        with pytest.raises(DatabaseUnavailable), store.read() as connection:
+            connection.execute(text("SELECT 42 FROM pg_sleep(0.8)"))

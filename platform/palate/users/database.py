@@ -11,7 +11,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,7 +29,7 @@ from palate.users.schema import metadata
 
 SCRIPTS = Path(__file__).with_name("migrations")
 VERSION_TABLE = "palate_version"  # not alembic's own name: the database may be another program's too
-WAIT_S = 30.0  # how long a writer waits for others on SQLite
+WAIT_S = 30.0  # how long a writer waits for others on SQLite, and anybody for an answer of PostgreSQL
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html: connection, resources, an operator's intervention.
 _POSTGRESQL_PASSING = frozenset({"08", "53", "57"})
@@ -124,23 +124,21 @@ class Database:
         """On SQLite, bring the write-ahead log into the file and empty it, unless somebody is reading just now."""
         if not self._sqlite:
             return
-        connection = self.engine.raw_connection()
-        try:
+        with unavailable_said(), closing(self.engine.raw_connection()) as connection:
             cursor = connection.cursor()
             cursor.execute("PRAGMA busy_timeout = 100")
             try:
                 cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             finally:
                 cursor.execute(f"PRAGMA busy_timeout = {int(WAIT_S * 1000)}")
-        finally:
-            connection.close()
 
     def compact(self) -> None:
         """Rewrite the database's files without what was deleted: for quiet hours, after deletions.
 
         When SQLite moves rows between pages it may leave copies behind that no deletion finds (measured: of 3 in 700
         deleted people, in a database with many changes). On SQLite writers wait meanwhile, and the file's size is
-        needed once more on the disk; on PostgreSQL (``VACUUM FULL``) readers wait too, table by table.
+        needed once more on the disk; on PostgreSQL (``VACUUM FULL``) readers wait too, table by table, and the
+        database must have been opened patiently.
         """
         if self._sqlite:
             connection = self.engine.raw_connection()
@@ -172,8 +170,11 @@ class Database:
         self.close()
 
 
-def connect(url: str) -> Engine:
+def connect(url: str, *, patient: bool = False) -> Engine:
     """An engine for a URL; nothing is changed in the database.
+
+    A server of PostgreSQL that is silent for ``WAIT_S`` counts as away, and the connection is dropped. ``patient``
+    waits for it without end: for what rewrites tables.
 
     Raises:
         ValueError: the URL is neither of SQLite with a file nor of PostgreSQL.
@@ -186,23 +187,23 @@ def connect(url: str) -> Engine:
         raise ValueError(f"the user store's URL cannot be read; {expected}") from None
     kind = parsed.get_backend_name()
     if kind in ("postgresql", "postgres") and parsed.drivername in (kind, f"{kind}+pg8000"):
-        return _postgresql_engine(parsed)
+        return _postgresql_engine(parsed, timeout_s=None if patient else WAIT_S)
     if parsed.drivername in ("sqlite", "sqlite+pysqlite"):
         return _sqlite_engine(parsed, expected)
     raise ValueError(f"the user store's URL is {parsed.render_as_string()!r}; {expected}")
 
 
-def upgrade(database: Database) -> None:
+def upgrade(url: str) -> None:
     """Bring the schema to this version's. Several processes may do so at once: one does it, the others wait.
 
     Raises:
         NewerDatabase: the schema is of a version that this code does not know.
     """
     script = ScriptDirectory.from_config(_config())
-    with database.read() as connection:
+    with Database(connect(url)) as database, database.read() as connection:
         if _is_current(connection, script):
             return
-    with _upgrading, database.write() as connection:
+    with _upgrading, Database(connect(url, patient=True)) as database, database.write() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _UPGRADE_LOCK})
         if not _is_current(connection, script):
@@ -230,14 +231,14 @@ def _config() -> Config:
     return config
 
 
-def _postgresql_engine(url: URL) -> Engine:
+def _postgresql_engine(url: URL, timeout_s: float | None) -> Engine:
     """By pg8000, with libpq's names for what its URLs usually say: ``host`` (a socket's folder) and ``sslmode``; and
     libpq's variable ``PGPASSWORD`` where the URL has no password, so that a configuration need not hold one.
 
     Raises:
         ValueError: another parameter, or another way to use TLS.
     """
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"timeout": timeout_s}
     for name, value in url.query.items():
         if name == "host":
             arguments["unix_sock"] = f"{value}/.s.PGSQL.{url.port or 5432}"

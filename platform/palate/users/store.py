@@ -47,22 +47,19 @@ class OtherRanking(ValueError):
     """The tenant has a ranking of this id that says something else."""
 
 
-def open_store(url: str) -> "Store":
+def open_store(url: str, *, patient: bool = False) -> "Store":
     """The store at ``sqlite:///FILE`` or ``postgresql://...``, ready for use.
 
     The schema is made or brought up to date first; any number of processes may open the same database at once.
+    ``patient`` is for an operator's work, which may take a database longer than an answer may (``connect``).
 
     Raises:
         ValueError: the URL is of neither kind.
         NewerDatabase: a newer version of Palate has upgraded the database.
+        DatabaseUnavailable: it cannot work just now.
     """
-    store = Store(connect(url))
-    try:
-        upgrade(store)
-    except BaseException:
-        store.close()
-        raise
-    return store
+    upgrade(url)
+    return Store(connect(url, patient=patient))
 
 
 class Store(Database):
