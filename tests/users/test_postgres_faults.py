@@ -89,6 +89,6 @@ def test_an_operator_waits_as_long_as_it_takes(server, monkeypatch):
     admin(str(server.folder), "CREATE DATABASE people")
     with open_store(postgres_url(str(server.folder), "people"), patient=True) as store, store.read() as connection:
         assert connection.execute(text("SELECT 42 FROM pg_sleep(0.8)")).scalar_one() == 42
-    with open_store(postgres_url(str(server.folder), "people")) as store:
-        with pytest.raises(DatabaseUnavailable), store.read() as connection:
-            connection.execute(text("SELECT 42 FROM pg_sleep(0.8)"))
+    hurried = open_store(postgres_url(str(server.folder), "people"))
+    with hurried, pytest.raises(DatabaseUnavailable), hurried.read() as connection:
+        connection.execute(text("SELECT 42 FROM pg_sleep(0.8)"))
