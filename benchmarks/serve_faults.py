@@ -10,8 +10,10 @@ has been whole for a while:
     kill      SIGKILL to a replica
     settings  another setting in the config, put as `serve deploy` does: all replicas are replaced, one by one
     run       another run goes live, by serve/admin.py
+    proxy     SIGKILL to Serve's proxy, through which all connections go: not among the faults unless asked for
 
-A request may fail only if it was under way when a replica was killed, and then with an error that says to try again.
+A request may fail only if it was under way when a replica was killed, and then with an error that says to try again;
+without a proxy there is nobody to say so, and connections break off or are refused.
 What was answered to a write must be in the database at the end.
 """
 
@@ -27,7 +29,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,8 +56,11 @@ PERSON = {"texts": [{"input": f"Describe thing {n}.", "output": f"Well!!! thing 
 ANSWERS = ("chat", "stream")  # alike in length, so that one quantile is of both
 START_SECONDS = 300.0
 RECOVERY_SECONDS = 300.0
-# The proxy's own answers for a replica that has died; without it, Serve's.
-PROXY = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "palate.serving.proxy:middlewares"}
+# docs/serving.md: the proxy's own answers for a replica that has died, and another proxy soon; without them, as Ray is.
+PROXY = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "palate.serving.proxy:middlewares",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class FaultsBenchmark:
     """Where the figures go."""
     minutes: float = 2.0
     """Of load; longer only if not all of --faults have had a turn."""
-    faults: tuple[Literal["kill", "settings", "run"], ...] = ("kill", "kill", "settings", "run")
+    faults: tuple[Literal["kill", "settings", "run", "proxy"], ...] = ("kill", "kill", "settings", "run")
     """In turns, while there is time for another."""
     users: int = 10
     """Of Locust: one writes, two use OpenAI's client, the others read."""
@@ -79,7 +84,7 @@ class FaultsBenchmark:
     seed: int = 0
     """Which replica is killed."""
     plain: bool = False
-    """Leave Serve's proxy as Ray has it, without palate.serving.proxy."""
+    """Leave Serve's proxy as Ray has it, without palate.serving.proxy and with Ray's health checks."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,28 @@ class Cluster:
             raise RuntimeError(f"Serve cannot deploy the application: {found['message']}")
         deployment = found.get("deployments", {}).get("text", {})
         return {one["pid"] for one in deployment.get("replicas", []) if one["state"] == "RUNNING"}
+
+    def proxy(self) -> int | None:
+        """Process id of the proxy, if there is one."""
+        from ray.util.state import list_actors
+
+        living = [("class_name", "=", "ProxyActor"), ("state", "=", "ALIVE")]
+        found = list_actors(str(self._http.base_url).rstrip("/"), filters=living, detail=True)
+        return found[0].pid if found else None
+
+    def wait_for_proxy(self, gone: int | None) -> None:
+        """Until another one than ``gone`` answers.
+
+        Raises:
+            TimeoutError: none does.
+        """
+        deadline = time.monotonic() + RECOVERY_SECONDS
+        while time.monotonic() < deadline:
+            with suppress(httpx.HTTPError):
+                if self.proxy() not in (None, gone) and httpx.get(f"{self.url}/-/healthz").status_code == 200:
+                    return
+            time.sleep(0.1)
+        raise TimeoutError(f"no other proxy answered within {RECOVERY_SECONDS:.0f} s")
 
     def wait(self, count: int, without: Set[int] = frozenset(), seconds: float = RECOVERY_SECONDS) -> set[int]:
         """The replicas, once ``count`` are running and none of ``without`` is.
@@ -254,6 +281,11 @@ def inject(config: FaultsBenchmark, cluster: Cluster, key: str, folder: Path, un
         elif kind == "settings":
             cluster.deploy(max_waiting=65 + number)
             cluster.wait(config.replicas, before)
+        elif kind == "proxy":
+            if (gone := cluster.proxy()) is None:
+                raise RuntimeError("Serve has no proxy")
+            os.kill(gone, signal.SIGKILL)
+            cluster.wait_for_proxy(gone)
         else:
             promoted += 1
             go_live(RUNS[promoted % 2], cluster, key, folder, add=promoted == 1)

@@ -116,15 +116,16 @@ def test_nothing_listens_to_the_outside_and_the_token_is_on_everywhere() -> None
     assert "--dashboard-host=127.0.0.1" in commands[0]
 
 
-def test_serves_proxies_answer_for_replicas_that_died() -> None:
+def test_serves_proxies_answer_for_replicas_that_died_and_are_soon_replaced() -> None:
     """On machines and in the image: Serve imports what this names when a proxy starts, and calls it."""
-    (option,) = (one for one in read()["docker"]["run_options"] if "PROXY_CALLBACK" in one)
-    (line,) = re.findall(
-        r"^ENV (\S*PROXY_CALLBACK\S*)$", (ROOT / "kubernetes" / "Dockerfile").read_text(), re.MULTILINE
-    )
-    assert option == f"-e {line}"
-    name, _, place = line.partition("=")
-    assert name in Path(importlib.import_module("ray.serve._private.constants").__file__ or "").read_text()
+    options = {one.removeprefix("-e ") for one in read()["docker"]["run_options"] if "RAY_SERVE" in one}
+    image = (ROOT / "kubernetes" / "Dockerfile").read_text()
+    assert options == set(re.findall(r"^ENV (RAY_SERVE\S*)$", image, re.MULTILINE))
+    settings = dict(one.split("=") for one in options)
+    known = Path(importlib.import_module("ray.serve._private.constants").__file__ or "").read_text()
+    assert all(f'"{name}"' in known for name in settings)
+    assert settings["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] == "1"
+    place = settings["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]
     module, _, function = place.partition(":")
     assert [one.cls.__name__ for one in getattr(importlib.import_module(module), function)()] == ["Retryable"]
 
