@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -47,7 +48,9 @@ def test_edited_answers_are_fitted_as_the_server_fits_them(benchmark, tmp_path, 
     assert (tmp_path / "out/scores.json").stat().st_mtime_ns == made  # nobody is read again
 
 
-def test_rankings_of_what_a_model_draws_tune_it(benchmark, tmp_path, capsys):
+def test_rankings_of_what_a_model_draws_tune_it(benchmark, tmp_path, capsys, monkeypatch):
+    # What it sees is not looked at here, and its training would take a minute.
+    monkeypatch.setattr(benchmark, "train_classifier", partial(benchmark.train_classifier, steps=2, batch=8))
     corpus = shapes.prepare(
         shapes.ShapesConfig(
             out=f"{tmp_path}/shapes",
