@@ -10,14 +10,14 @@ jobs (docs/results says what was measured how).
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 from palate import config as configs
 from palate import progress
-from palate.artifacts import Artifact, ArtifactError, join, open_artifact, os_errors
+from palate.artifacts import ArtifactError, join, open_artifact, os_errors
 from palate.card.adaptation import AdaptConfig
 from palate.card.heads import PreferConfig
 from palate.card.stages import CardConfig, PromptConfig
@@ -66,6 +66,7 @@ class Size:
 
 
 ARMS = ("understanding", "embedding", "encoder", "pixel", "decoder", "isolated")
+CONTROLS = ("capacity", "shuffled")  # which claim 1 asks for
 SIZES = {
     "smoke": Size(
         model="tiny",
@@ -121,6 +122,34 @@ SIZES = {
 }
 
 
+# CARD's systems; metrics of its report, and what each claims.
+SYSTEMS = ("base", "shared", "cluster", "card", "card-permuted", "card-mean")
+CARD = (
+    ("bits per token/card - card-permuted", "a person's own vector fits their texts better than another's"),
+    ("trait accuracy/card - card-permuted", "answers show the person's own traits, and not just anybody's"),
+    ("bits per token/card - cluster", "the vector adds to the cluster's adapter"),
+    ("bits per token/cluster - shared", "an adapter a cluster beats one for everybody"),
+    ("bits per token/card - base", "the whole beats the base model"),
+)
+OBJECTIVES = {
+    "dpo": ObjectiveConfig(objective="dpo", pairs="random", kl_beta=2000.0),
+    "gp-dpo": ObjectiveConfig(objective="gp-dpo", kl_beta=2000.0),
+    "sft": ObjectiveConfig(objective="sft", kl_beta=2000.0),
+    "lpo": ObjectiveConfig(kl_beta=2000.0),  # last: compared with those before it
+}
+LPO = (
+    ("utility win rate/lpo", "tuning on whole lists beats the base"),
+    ("utility win rate/lpo against dpo", "whole lists beat one pair of each"),
+    ("utility win rate/lpo against gp-dpo", "whole lists beat all their pairs"),
+    ("utility win rate/lpo against sft", "whole lists beat learning the winners"),
+)
+UNIHETERO = {
+    1: "generation helps understanding only if what is generated inside is semantic",
+    2: "the unified model gains more from more data",
+    3: "predicting input embeddings beats predicting encoder outputs",
+}
+
+
 @dataclass(frozen=True)
 class ReproduceConfig:
     """Run the papers' experiments on synthetic worlds whose truth is known."""
@@ -173,20 +202,13 @@ def card(out: str, size: Size, workers: int) -> list[Line]:
         corpus=corpus.url,
         out=join(out, "evaluation"),
         users="test",
-        systems=("base", "shared", "cluster", "card", "card-permuted", "card-mean"),
+        systems=SYSTEMS,
         max_users=size.asked,
         max_new_tokens=48,
     )
     opened = open_artifact(corpus.url, TEXT_CORPUS)
     report = make_report(Comparison(asked, opened, read_run(config.out, opened)))
-    tested = (
-        ("bits per token/card - card-permuted", "a person's own vector fits their texts better than another's"),
-        ("trait accuracy/card - card-permuted", "answers show the person's own traits, and not just anybody's"),
-        ("bits per token/card - cluster", "the vector adds to the cluster's adapter"),
-        ("bits per token/cluster - shared", "an adapter a cluster beats one for everybody"),
-        ("bits per token/card - base", "the whole beats the base model"),
-    )
-    return _of(report, "CARD", tested)
+    return read(json.loads(report.local("report.json").read_text()), "CARD", CARD, join(report.url, "report.md"))
 
 
 def lpo(out: str, size: Size, workers: int) -> list[Line]:
@@ -217,14 +239,8 @@ def lpo(out: str, size: Size, workers: int) -> list[Line]:
         grid=0,
     )
     launch(lpo_pipeline, base, launcher="local", folder=base.out)
-    objectives = {
-        "dpo": ObjectiveConfig(objective="dpo", pairs="random", kl_beta=2000.0),
-        "gp-dpo": ObjectiveConfig(objective="gp-dpo", kl_beta=2000.0),
-        "sft": ObjectiveConfig(objective="sft", kl_beta=2000.0),
-        "lpo": ObjectiveConfig(kl_beta=2000.0),  # last: compared with those before it
-    }
     runs = []
-    for name, objective in objectives.items():
+    for name, objective in OBJECTIVES.items():
         for seed in range(size.lpo_seeds):
             tuned = replace(
                 base,
@@ -247,13 +263,13 @@ def lpo(out: str, size: Size, workers: int) -> list[Line]:
         sample=SampleConfig(sampler_steps=20, guidance=2.0),
     )
     report = images.make_report(images.Comparison(asked))
-    tested = (
-        ("utility win rate/lpo", "tuning on whole lists beats the base"),
-        ("utility win rate/lpo against dpo", "whole lists beat one pair of each"),
-        ("utility win rate/lpo against gp-dpo", "whole lists beat all their pairs"),
-        ("utility win rate/lpo against sft", "whole lists beat learning the winners"),
+    return read(
+        json.loads(report.local("report.json").read_text()),
+        "Diffusion-LPO",
+        LPO,
+        join(report.url, "report.md"),
+        none=0.5,
     )
-    return _of(report, "Diffusion-LPO", tested, none=0.5)
 
 
 def unihetero(out: str, size: Size, workers: int) -> list[Line]:
@@ -275,48 +291,44 @@ def unihetero(out: str, size: Size, workers: int) -> list[Line]:
             autoencoder_steps=1000 if size.samples > 1000 else 25,
         )
     )
-    stops = tuple(size.samples // share for share in (4, 2, 1))
-    config = SweepConfig(
-        corpus=corpus.url,
-        parts=parts.url,
-        out=join(out, "experiment"),
-        runs=RunConfig(samples=size.samples, stops=stops, batch=min(32, size.samples // 8)),
+    config = experiment(join(out, "experiment"), size, corpus.url, parts.url, workers)
+    sweep(config)
+    folder = join(out, "report")
+    found = claims.analyse(read_runs(config.out))
+    claims.write(found, folder)
+    return verdicts(found, join(folder, "report.md"))
+
+
+def experiment(out: str, size: Size, corpus: str, parts: str, workers: int) -> SweepConfig:
+    """UniHetero's arms and controls: all that its claims ask for, but in smoke."""
+    return SweepConfig(
+        corpus=corpus,
+        parts=parts,
+        out=out,
+        runs=RunConfig(
+            samples=size.samples,
+            stops=tuple(size.samples // share for share in (4, 2, 1)),
+            batch=min(32, size.samples // 8),
+        ),
         arms=size.arms,
-        controls=("shuffled",),
+        controls=CONTROLS,
         seeds=size.seeds,
         control_seeds=size.seeds,
         calibration_samples=min(6400, size.samples),
         workers=workers,
     )
-    sweep(config)
-    folder = join(out, "report")
-    found = claims.analyse(read_runs(config.out))
-    claims.write(found, folder)
-    said = {
-        1: "generation helps understanding only if what is generated inside is semantic",
-        2: "the unified model gains more from more data",
-        3: "predicting input embeddings beats predicting encoder outputs",
-    }
-    return [
-        Line(
-            "UniHetero",
-            said[one.claim],
-            "differences over seeds",
-            "; ".join(one.reasons[:2]),
-            one.outcome,
-            one.smallest_detectable,
-            join(folder, "report.md"),
-        )
-        for one in found.verdicts
-    ]
 
 
-def _of(report: Artifact, paper: str, tested: tuple[tuple[str, str], ...], none: float = 0.0) -> list[Line]:
-    metrics: dict[str, Any] = json.loads(report.local("report.json").read_text())["metrics"]
-    return [
-        reproduction.of_metric(metrics, name, paper, claim, join(report.url, "report.md"), none)
-        for name, claim in tested
-    ]
+def verdicts(found: claims.Findings, report: str) -> list[Line]:
+    """UniHetero's lines."""
+    return [reproduction.of_verdict(one, "UniHetero", UNIHETERO[one.claim], report) for one in found.verdicts]
+
+
+def read(
+    report: Mapping[str, Any], paper: str, tested: Sequence[tuple[str, str]], where: str, none: float = 0.0
+) -> list[Line]:
+    """The lines of a paper whose claims are metrics of one report."""
+    return [reproduction.of_metric(report["metrics"], name, paper, claim, where, none) for name, claim in tested]
 
 
 if __name__ == "__main__":

@@ -130,6 +130,33 @@ def test_serves_proxies_answer_for_replicas_that_died_and_are_soon_replaced() ->
     assert [one.cls.__name__ for one in getattr(importlib.import_module(module), function)()] == ["Retryable"]
 
 
+def test_what_machines_serve_is_found_on_them_and_is_what_kubernetes_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    config, served = read(), yaml.safe_load((ROOT / "serve" / "cluster.yaml").read_text())
+    ServeDeploySchema.model_validate(served)
+    (path,) = (one.partition("=")[2] for one in config["docker"]["run_options"] if "PYTHONPATH=" in one)
+    assert config["file_mounts"][path] == "."
+    assert f"ENV PYTHONPATH={path}" in (ROOT / "kubernetes" / "Dockerfile").read_text()
+    module, _, name = served["applications"][0]["import_path"].partition(":")
+    source = Path(module.replace(".", "/") + ".py")
+    assert (ROOT / source).is_file()
+    assert source.parts[0] not in config["rsync_exclude"]
+    on_pods = yaml.safe_load(manifest("rayservice")["spec"]["serveConfigV2"])
+    database = served["applications"][0]["args"].pop("database")
+    assert database.startswith("postgresql://")
+    assert served["applications"][0].pop("runtime_env") == {"env_vars": {"PGPASSWORD": "YOUR-PASSWORD"}}
+    on_pods["applications"][0]["args"].pop("database")
+    assert served == on_pods
+    monkeypatch.syspath_prepend(str(ROOT))
+    settings = importlib.import_module(module).TextSettings.model_validate(
+        {**served["applications"][0]["args"], "database": database}
+    )
+    assert hasattr(importlib.import_module(module), name)
+    assert settings.cpus_per_replica <= config["available_node_types"]["cpu"]["resources"]["CPU"]
+    assert served["http_options"]["port"] == 8000
+
+
 def test_mounted_folders_have_no_slash_at_their_end() -> None:
     assert [path for pair in read()["file_mounts"].items() for path in pair if path.endswith("/")] == []
 
@@ -218,6 +245,10 @@ def test_the_job_runs_a_job_of_this_repository_with_flags_that_it_has() -> None:
     assert config.corpus.startswith("s3://")
     assert config.out.startswith("s3://")
     assert spec["backoffLimit"] > 0
+    sent = yaml.safe_load((ROOT / "jobs" / "runtime_env.yaml").read_text())["env_vars"]
+    assert sent.pop("PYTHONPATH") == "platform"  # of what is sent; the image has palate installed, and its own path
+    assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": sent}
+    assert "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S" in sent
 
 
 def test_the_service_serves_what_the_config_of_this_repository_serves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,29 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from pages import PAGES, ROOT, commands, fences, outputs
 from palate import artifacts
 from toy_cluster import ray_head
-
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def fences(text: str) -> list[tuple[str, str]]:
-    """Language and content of every fenced block of a Markdown page, in order."""
-    return FENCE.findall(text)
-
-
-def commands(text: str) -> list[list[str]]:
-    """Words of every ``python jobs/…`` command in a page's fences, continued lines joined and comments dropped; those
-    that are submitted to a cluster, too."""
-    found = []
-    for _, content in fences(text):
-        for line in content.replace("\\\n", " ").splitlines():
-            command = re.match(r"(?:ray job submit .*? -- )?(python (?:jobs|serve|tune|benchmarks)/.*)", line.strip())
-            if command:
-                found.append(shlex.split(command.group(1), comments=True))
-    return found
 
 
 def environment() -> dict[str, str]:
@@ -70,6 +50,8 @@ def test_fences_and_commands_are_found():
     assert [language for language, _ in fences(page)] == ["bash", "text", "", "sh"]
     found = [["python", "jobs/x.py", "--out", "a b"], ["python", "jobs/y.py", "--in", "z"]]
     assert commands(page) == [*found, ["python", "jobs/z.py", "--all"]]
+    said = "`jobs/x.py --out a/b`, --out RUN, --out=c-d\n```text\npython jobs/y.py --out s3://bucket/e --in f\n```\n"
+    assert outputs(said) == {"a/b", "c-d"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

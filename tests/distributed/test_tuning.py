@@ -1,5 +1,7 @@
 """Sweeps under Ray Tune: early ends, failures, going on after a kill, and trials that launch Ray Train."""
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -65,9 +67,25 @@ def test_sweeps_that_cannot_be_are_refused_before_ray_starts(tmp_path):
             sweep(tmp_path, grid, budgets)
 
 
-def test_the_worse_end_early_and_the_same_command_does_nothing_again(tmp_path, ray_cluster):
+def plotted(folder: Path) -> set[tuple[int, int, float]]:
+    """What TensorBoard reads of a sweep's trials: value, budget and score."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = set()
+    for path in folder.rglob("events.out.tfevents.*"):
+        read = EventAccumulator(str(path)).Reload()
+        score, budget = (read.Scalars(f"ray/tune/{name}") for name in ("figures/score", "budget"))
+        value = json.loads((path.parent / "params.json").read_text())["values"]["x"]
+        found |= {(value, round(b.value), round(s.value, 3)) for b, s in zip(budget, score, strict=True)}
+    return found
+
+
+def test_the_worse_end_early_and_the_same_command_does_nothing_again(tmp_path, ray_cluster, capsys):
     found, failed = sweep(tmp_path)
     assert not failed
+    said = capsys.readouterr().out
+    assert f"watch: tensorboard --logdir {tmp_path / 'out'}\n" in said
+    assert plotted(tmp_path / "out") == {(one.values["x"], one.budget, round(one.figures["score"], 3)) for one in found}
     reached = {one.values["x"]: 0 for one in found}
     for one in found:
         reached[one.values["x"]] = max(reached[one.values["x"]], one.budget)
@@ -150,32 +168,47 @@ SLOW = [{"x": x} for x in range(6)]
 
 
 def measure_slowly(folder: str, values, budget: int) -> dict[str, float]:
-    """Measured once, as what pipelines make is made once."""
-    done = Path(folder, f"{values['x']}-measured")
-    if not done.exists():
-        with Path(folder, "begun").open("a") as file:
-            file.write(f"{values['x']}\n")
-        time.sleep(1)
-        done.touch()
+    """Says each time that it is called, and keeps nothing: what is not measured again, Tune has kept."""
+    with Path(folder, "begun").open("a") as file:
+        file.write(f"{values['x']}\n")
+    time.sleep(1)
     return measure(folder, values, budget)
+
+
+def finished(folder: Path) -> set[str]:
+    """The trials that have ended by what Tune has written so far."""
+    found = set()
+    for path in folder.glob("out/tune-*/experiment_state-*.json"):
+        with contextlib.suppress(ValueError):  # half written
+            for trial, _ in json.loads(path.read_text())["trial_data"]:
+                state = json.loads(trial)
+                if state["status"] == "TERMINATED":
+                    found.add(str(state["config"]["values"]["x"]))
+    return found
 
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_with_what_is_left(tmp_path):
     script = tmp_path / "sweep.py"
     script.write_text(SCRIPT.format(here=str(HERE), folder=str(tmp_path)))
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "disabled",
+        "TUNE_GLOBAL_CHECKPOINT_S": "1",  # Tune writes its state every ten seconds else
+        "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
+    }
     process = subprocess.Popen([sys.executable, str(script)], env=environment)
-    begun = tmp_path / "begun"
-    while process.poll() is None and not (begun.exists() and begun.read_text().count("\n") >= 4):
+    while process.poll() is None and len(finished(tmp_path)) < 2:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL
+    kept, begun = finished(tmp_path), tmp_path / "begun"
     before = begun.read_text().split()
+    assert 2 <= len(kept) < 6
+    assert kept <= set(before)
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "reported [0, 1, 2, 3, 4, 5]" in done.stdout
     after = begun.read_text().split()[len(before) :]
-    assert len(set(before) & set(after)) <= 1  # what was under way when it was killed
-    assert set(before) | set(after) == {"0", "1", "2", "3", "4", "5"}
+    assert sorted(after) == sorted({"0", "1", "2", "3", "4", "5"} - kept)  # each of the others once, and no other

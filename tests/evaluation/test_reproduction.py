@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from palate.evaluation.reproduction import Line, markdown, of_metric, verdict, write
+from palate.evaluation.reproduction import Line, markdown, of_metric, of_verdict, verdict, write
+from palate.evaluation.scaling import Verdict
 
 METRICS = {
     "bits/a - b": {"value": -0.2, "low": -0.3, "high": -0.1, "n": 9, "higher_is_better": False},
@@ -36,6 +37,20 @@ def test_claims_are_read_from_a_reports_metrics():
     assert of_metric(METRICS, "alone", "P", "c", "r").outcome == "undecided"
     with pytest.raises(ValueError, match=r"r has no metric 'x'; it has \['alone', 'bits/a - b'"):
         of_metric(METRICS, "x", "P", "c", "r")
+
+
+def test_a_claim_that_lacks_a_comparison_is_not_measured_but_may_be_refuted():
+    reasons = ("a - b: +1", "a - c: +2", "a - d: not measured")
+    for outcome, said in (("undecided", "not measured"), ("refuted", "refuted"), ("supported", "supported")):
+        line = of_verdict(Verdict(1, outcome, reasons, 0.2, ("a - d",)), "P", "c", "r")
+        assert (line.outcome, line.result) == (said, "a - b: +1; a - c: +2; a - d: not measured")
+    whole = of_verdict(Verdict(1, "undecided", reasons[:2], 0.2), "P", "c", "r")
+    assert whole.outcome == "undecided"
+    text = markdown(
+        [line, whole, of_verdict(Verdict(1, "undecided", reasons, 0.2, ("a - d",)), "P", "c", "r")], "C", []
+    )
+    assert "1 supported, 0 refuted, 1 undecided, 1 not measured." in text
+    assert "**not measured** |" in text
 
 
 def test_the_report_has_all_claims(tmp_path):

@@ -1,4 +1,4 @@
-"""DESIGN's "Equality of decoding" in fp32, and everything that rows in one batch may differ in.
+"""Decoding is equal to what plain transformers decode, in fp32, and everything that rows in one batch may differ in.
 
 Prompts on which the two best tokens come within ``GAP`` of each other at some step are left out and counted, as
 rounding may decide there.

@@ -1,4 +1,4 @@
-"""Packed LoRA through the train loop is K separate PEFT runs: DESIGN's three rules, over 100 AdamW steps."""
+"""Packed LoRA through the train loop is K separate PEFT runs, over 100 AdamW steps."""
 
 import math
 

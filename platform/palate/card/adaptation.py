@@ -1,4 +1,4 @@
-"""Training of the cluster adapters: all in one run, equal to one run a cluster (DESIGN, "Packed LoRA").
+"""Training of the cluster adapters: all in one run, equal to one run a cluster.
 
 The loss of a global batch is the sum over clusters of each cluster's token mean, on the answer only (CARD, section
 2.3); each cluster is clipped, scheduled and counted alone, and is left untouched where the batch holds none of its

@@ -1,4 +1,4 @@
-"""Packed LoRA: the adapters of all clusters in one layer (DESIGN, "Packed LoRA").
+"""Packed LoRA: the adapters of all clusters in one layer.
 
 ``y = W x + ((x A_cat) * row_mask) B_cat`` with A_cat (d_in, K·r) and B_cat (K·r, d_out). A row's mask selects its
 adapter's r columns and carries its alpha/r, so one forward pass serves rows of any adapters, and of none, at two thin

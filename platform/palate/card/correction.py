@@ -1,4 +1,4 @@
-"""CARD's logit correction: a pure function (DESIGN, "User vector"; CARD section 2.5 and 2.6).
+"""CARD's logit correction: a pure function (CARD, arXiv 2601.06352, sections 2.5 and 2.6).
 
 On the top-k candidates C_t of the cluster model, ``Delta_t(v) = e_v · M (p_u ∘ W_p h_t)`` is added to the logits,
 beta times; other logits stay. Symbols: B rows, V vocabulary, d width of the features, J width of a user vector.

@@ -1,4 +1,4 @@
-"""Training of what all people share: the head, and the prior of user vectors (DESIGN, "User vector"; CARD 2.5).
+"""Training of what all people share: the head, and the prior of user vectors (CARD, arXiv 2601.06352, section 2.5).
 
 Head and vectors are trained together, to the maximum of the likelihood of people's own texts under the personal
 distribution, with Gaussian priors on both (and, if asked, Bradley-Terry on implicit rewards against the cluster

@@ -2,7 +2,7 @@
 
 With a position's candidates C_t and the cluster model's log-probabilities on them, the personal distribution is
 ``pi_u(v) ∝ pi_c(v) exp(beta Delta_t(v))`` on C_t and ``∝ pi_c(v)`` elsewhere, normalized over the whole vocabulary.
-The implicit reward of a text is ``r_u(x, y) = sum_t log pi_u(y_t) - log pi_c(y_t)`` (DESIGN, "User vector"). Delta is
+The implicit reward of a text is ``r_u(x, y) = sum_t log pi_u(y_t) - log pi_c(y_t)``. Delta is
 linear in the person's vector p, so the likelihood of their own text is concave in p, and under a Gaussian prior the fit
 is unique, and needs no negatives (``palate.card.fitting``).
 

@@ -8,7 +8,7 @@ worst at a budget before they spend the next one. All that a trial makes are art
 A trial that trains on Ray workers needs no CPU itself. If it did, a few trials could hold all CPUs while their own
 workers wait for one, for ever; so drivers stand on the head node, and there are only as many at a time as have workers.
 
-On retry: started again, a sweep goes on: trials that are finished by Tune's state, written every few seconds, are kept
+On retry: started again, a sweep goes on: trials that are finished by Tune's state, written every ten seconds, are kept
 (``Tuner.restore``), others go on from their artifacts.
 """
 
@@ -88,6 +88,7 @@ def search(
 
     if list(budgets) != sorted(set(budgets)) or not budgets or not grid:
         raise ValueError(f"a sweep needs values, and budgets that grow; got {len(grid)} values and {list(budgets)}")
+    print(f"watch: tensorboard --logdir {out}", flush=True)
     if not ray.is_initialized():
         ray.init()
     fit = concurrency(ray.cluster_resources(), config, workers)
@@ -195,7 +196,6 @@ def sweep_runs(
     """
     if job.fresh:
         raise ValueError("--fresh would discard trials that are finished: choose another --out, or delete this one")
-    print(f"watch: tensorboard --logdir {job.out}", flush=True)
     reported, failed = search(
         train,
         measure,

@@ -2,6 +2,7 @@
 
 A claim about a difference is supported where the 95% interval lies on its side of "none", refuted where it lies on the
 other, and undecided in between; then the smallest detectable difference says what such an experiment could have seen.
+What the size of an experiment leaves out is not measured, which is another thing than undecided.
 """
 
 import json
@@ -12,8 +13,9 @@ from typing import Any, Literal, get_args
 
 from palate import artifacts
 from palate.artifacts import join
+from palate.evaluation.scaling import Verdict
 
-Outcome = Literal["supported", "refuted", "undecided"]
+Outcome = Literal["supported", "refuted", "undecided", "not measured"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,13 @@ def of_metric(
     return Line(paper, claim, name, shown, outcome, one["smallest_detectable_difference"], report)
 
 
+def of_verdict(found: Verdict, paper: str, claim: str, report: str) -> Line:
+    """A claim of several comparisons, by its rule in ``scaling``; where one is missing, no verdict but a refutation."""
+    outcome: Outcome = "not measured" if found.outcome == "undecided" and found.missing else found.outcome
+    result = "; ".join(found.reasons)
+    return Line(paper, claim, "differences over seeds", result, outcome, found.smallest_detectable, report)
+
+
 def markdown(lines: Sequence[Line], title: str, said: Sequence[str]) -> str:
     """The report: a table of all claims, then how each was tested."""
     rows = ["| paper | claim | test | result, 95% | verdict |", "|---|---|---|---|---|"]
@@ -66,7 +75,8 @@ def markdown(lines: Sequence[Line], title: str, said: Sequence[str]) -> str:
         cells = (line.paper, line.claim, line.test, line.result, f"**{line.outcome}**{detectable}")
         rows.append(f"| {' | '.join(cells)} |")
     outcomes = [line.outcome for line in lines]
-    summary = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in get_args(Outcome))
+    counted = [outcome for outcome in get_args(Outcome) if outcome != "not measured" or outcome in outcomes]
+    summary = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in counted)
     reports = dict.fromkeys(line.report for line in lines if line.report)
     return "\n".join(
         [

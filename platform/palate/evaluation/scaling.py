@@ -10,7 +10,7 @@ seeds that are finite at every size in all arms compared, so that no mean mixes 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations_with_replacement
 from typing import Literal
@@ -375,13 +375,15 @@ class Verdict:
     """What the experiment says of one claim.
 
     ``smallest_detectable`` is the largest of the smallest detectable differences of the comparisons that were left open
-    (of all, where none was): what the experiment could have missed.
+    (of all, where none was): what the experiment could have missed. ``missing`` names what the claim's rule asks for
+    and was not measured.
     """
 
     claim: int
     outcome: Outcome
     reasons: tuple[str, ...]
     smallest_detectable: float
+    missing: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.outcome == "undecided" and math.isfinite(self.smallest_detectable):
@@ -447,7 +449,8 @@ def claim_2(slope: SeedEstimate | None, crossing: Crossover | None) -> Verdict:
         2, {"slope of embedding - slope of understanding": slope}, _positive(slope) and inside, _negative(slope)
     )
     where = "crossover: not measured" if crossing is None else f"crossover: {crossing!s}"
-    return Verdict(2, verdict.outcome, (*verdict.reasons, where), verdict.smallest_detectable)
+    missing = (*verdict.missing, *(["crossover"] if crossing is None else []))
+    return replace(verdict, reasons=(*verdict.reasons, where), missing=missing)
 
 
 def claim_3(
@@ -485,11 +488,12 @@ def claim_3(
     within = {name for name, score in asked.items() if score is not None and score.low > -margin}
     verdict = _verdict(3, {**late, **asked}, supported, worse or any(_positive(e) for e in late.values()), within)
     missing = [
-        f"{what}: not measured"
+        what
         for what, found in ((f"free-run error at k >= {least_steps}", late), ("questions and probes", asked))
         if not found
     ]
-    return Verdict(3, verdict.outcome, (*verdict.reasons, *missing), verdict.smallest_detectable)
+    reasons = (*verdict.reasons, *(f"{what}: not measured" for what in missing))
+    return replace(verdict, reasons=reasons, missing=(*verdict.missing, *missing))
 
 
 def _verdict(
@@ -508,7 +512,8 @@ def _verdict(
     ]
     finite = [e.smallest_detectable for e in measured.values() if math.isfinite(e.smallest_detectable)]
     outcome: Outcome = "refuted" if refuted else "supported" if supported else "undecided"
-    return Verdict(claim, outcome, reasons, max(left_open or finite, default=NAN))
+    missing = tuple(name for name, e in named.items() if e is None)
+    return Verdict(claim, outcome, reasons, max(left_open or finite, default=NAN), missing)
 
 
 def _positive(e: SeedEstimate | None) -> bool:

@@ -1,4 +1,4 @@
-"""List gradient caching: the gradient of a loss over a list at the memory of one image (DESIGN).
+"""List gradient caching: the gradient of a loss over a list at the memory of one image.
 
 A list loss couples m images only through their m errors, so its gradient is ``sum_k w_k * grad e_k`` with w = dL/de,
 and w needs the errors' values alone. Three ways to the same gradient, with one signature:
