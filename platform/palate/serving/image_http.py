@@ -139,21 +139,17 @@ async def generations(body: GenerationRequest, request: Request, by: By) -> Resp
 async def edits(request: Request, by: By) -> Response:
     """What an instruction makes of an image (multipart; the file ``image``)."""
     service = _service(request)
-    release = take_places(request, by, 1)  # a body in memory takes a place, as an image does
-    try:
-        with _refusing_forms():
-            form = request.headers.get("content-type", ""), await request.body()
-            fields, files = await asyncio.to_thread(read_form, *form)
-            content = one_image(fields, files)
-            body = EditRequest.of_form(fields)
-            hosted = _hosted(service, body.model, by)
-            if isinstance(hosted.model, UnifiedImages) or not hosted.model.editing:
-                raise ApiError(
-                    400, f"{hosted.name!r} does not edit images: ask a model that does (InstructPix2Pix)", param="model"
-                )
-            source = await asyncio.to_thread(read_upload, content, service.settings.max_upload_pixels)
-    finally:
-        release()
+    with _refusing_forms():
+        form = request.headers.get("content-type", ""), await request.body()
+        fields, files = await asyncio.to_thread(read_form, *form)
+        content = one_image(fields, files)
+        body = EditRequest.of_form(fields)
+        hosted = _hosted(service, body.model, by)
+        if isinstance(hosted.model, UnifiedImages) or not hosted.model.editing:
+            raise ApiError(
+                400, f"{hosted.name!r} does not edit images: ask a model that does (InstructPix2Pix)", param="model"
+            )
+        source = await asyncio.to_thread(read_upload, content, service.settings.max_upload_pixels)
     fitted = fitted_size(source.size, hosted.model.multiple, service.settings.max_pixels)
     size = _size(request, hosted, body.wanted or fitted)
     source = await asyncio.to_thread(ImageOps.fit, source, size)
@@ -182,7 +178,6 @@ async def feedback(body: RankingRequest, request: Request, by: By) -> dict[str, 
     name = require_user(body.id, "id") if body.id is not None else f"ranking-{uuid4().hex}"
     if body.model is not None:
         _hosted(service, body.model, by)
-    release = take_places(request, by, 1)  # its images are in memory
     try:
         files = await asyncio.to_thread(_ranked_files, service, body)
         ranking = Ranking(user, name, body.prompt, tuple(files), body.model)
@@ -191,8 +186,6 @@ async def feedback(body: RankingRequest, request: Request, by: By) -> dict[str, 
         raise ApiError(409, str(error), param="id", code="id_in_use") from error
     except ValueError as error:  # what the body's checks let through, such as a person with too many
         raise ApiError(400, str(error)) from error
-    finally:
-        release()
     return {"object": "feedback.ranking", "id": name, "images": len(files)}
 
 
@@ -293,7 +286,7 @@ async def _answer(request: Request, by: Caller, asked: _Asked) -> Response:
     requests = asked.requests(body.seed if body.seed is not None else secrets.randbelow(MAX_SEED))
     if (steps := requests[0].config.sampler_steps) > settings.max_steps:
         raise ApiError(400, f"{steps} steps: this server takes at most {settings.max_steps}", param="steps")
-    release = take_places(request, by, body.n)
+    release = take_places(request.app, by, body.n - 1)
     try:
         drawing = Drawing(_service(request).worker, requests)
     except (Overloaded, EngineFailed) as error:
