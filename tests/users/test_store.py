@@ -228,25 +228,26 @@ def test_a_full_history_takes_no_feedback_so_that_it_can_be_exported_and_importe
     assert store.feedback("acme", "ann") == []
 
 
+PAIR = ("a" * 64, "b" * 64)
 WRITES = {
     "history": lambda store, more: store.put_history("acme", "ann", [PastText("é" * more, "x" * 50, "day")]),
-    "feedback": lambda store, more: store.add_feedback("acme", "ann", "é" * more, "x", "x" * 9),
+    "feedback": lambda store, more: store.add_feedback("acme", "ann", "p", "é" * more, "x" * 8),
     "import": lambda store, more: store.restore(
         "acme", {**store.export("acme", "ann"), "texts": [{"input": "é" * more, "output": "x" * 40}]}
     ),
-    "ranking": lambda store, more: store.add_ranking("acme", Ranking("ann", "r-2", "é" * more, ("a", "b")), list),
+    "ranking": lambda store, more: store.add_ranking("acme", Ranking("ann", "r-2", "é" * more, PAIR), list),
 }
 
 
 @pytest.mark.parametrize(
-    ("write", "fills"), [("history", 38), ("feedback", 22), ("import", 51), ("ranking", 41)], ids=[*WRITES]
+    ("write", "fills"), [("history", 39), ("feedback", 22), ("import", 52), ("ranking", 40)], ids=[*WRITES]
 )
 def test_what_is_kept_of_a_person_is_bounded_in_characters(store, monkeypatch, write, fills):
     """Texts, edited answers and rankings count together, and what is refused leaves them as they were."""
     monkeypatch.setattr("palate.users.store.MOST_CHARACTERS", 100)
     store.put_history("acme", "ann", [PastText("é" * 30, "b" * 10, "2024-05-01")])  # 50
-    store.add_feedback("acme", "ann", "p", "a", "e")  # 5, of which two are in the history
-    store.add_ranking("acme", Ranking("ann", "r-1", "prmpt", ("a", "b")), list)
+    store.add_feedback("acme", "ann", "p", "a", "e")  # 3, and 2 of the history
+    store.add_ranking("acme", Ranking("ann", "r-1", "maybe", PAIR), list)  # 5
     before, fitted = store.export("acme", "ann"), store.known("acme", "ann")
     with pytest.raises(ValueError, match=r"ann would have 101 characters .* at most 100 .* delete the person"):
         WRITES[write](store, fills + 1)
@@ -267,7 +268,7 @@ def test_a_whole_history_is_read_by_nobody_who_needs_a_number(store, monkeypatch
 
 
 def test_who_only_ranked_comes_back_from_an_export(store, tmp_path):
-    store.add_ranking("acme", Ranking("ann", "r-1", "a prompt", ("a" * 64, "b" * 64)), list)
+    store.add_ranking("acme", Ranking("ann", "r-1", "a prompt", PAIR), list)
     exported = store.export("acme", "ann")
     assert exported["texts"] == []
     assert store.restore("acme", exported).count == 0
