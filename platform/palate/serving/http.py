@@ -41,9 +41,10 @@ from palate.serving.text import decode
 from palate.serving.unified import LEAD, ServedUnified, prompt_embeddings, prompt_ids
 from palate.serving.worker import EngineFailed, Overloaded
 from palate.users.checks import require_id
-from palate.users.database import Database, DatabaseUnavailable
+from palate.users.database import DatabaseUnavailable
 from palate.users.keys import authenticate
 from palate.users.records import ExportedPerson, Known, PastText
+from palate.users.store import Store
 
 PERSONALIZATION = "x-palate-personalization"
 WAIT_SECONDS = 300.0  # longest that ?wait=true blocks
@@ -71,12 +72,13 @@ class Limits(Protocol):
 
 
 class Guarded(Protocol):
-    """What stands behind an application: its limits, and the database that holds the keys."""
+    """What stands behind an application: its limits, and the database that holds keys and people."""
 
     @property
     def settings(self) -> Limits: ...
     @property
-    def store(self) -> Database: ...
+    def store(self) -> Store: ...
+    def delete_person(self, tenant: str, user_id: str) -> bool: ...
 
 
 def create_app(service: Service) -> FastAPI:
@@ -95,6 +97,7 @@ def guarded_app(description: str, router: APIRouter, service: Guarded, metrics: 
         redirect_slashes=False,
     )
     app.state.service, app.state.metrics, app.state.in_flight = service, metrics, Counter[str]()
+    app.include_router(shared)  # first: the text server's last route takes any path below /v1/users
     app.include_router(router)
     app.include_router(page.routes)
     app.add_exception_handler(ApiError, _api_error)
@@ -109,6 +112,7 @@ def guarded_app(description: str, router: APIRouter, service: Guarded, metrics: 
     return app
 
 
+shared = APIRouter()  # of every server over a database of people
 routes = APIRouter()
 _bearer = HTTPBearer(auto_error=False, description="An API key of Palate.")
 
@@ -139,6 +143,33 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (503, "Too many requests wait, the server has no run, or its database is away: try again."),
     )
 }
+
+
+@shared.delete("/v1/users/{user_id}", responses=ERRORS)
+async def delete_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
+    """Remove a person: texts, vectors, feedback, rankings, and images that only they ranked."""
+    service: Guarded = request.app.state.service
+    user = require_user(user_id)
+    if not await asyncio.to_thread(service.delete_person, by.tenant, user):
+        raise _no_person(user)
+    return {"id": user, "object": "user.deleted", "deleted": True}
+
+
+@shared.get("/v1/users/{user_id}/export", responses=ERRORS)
+async def export_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
+    """All that is kept about a person, as the text server's ``/import`` takes it; images by their digests."""
+    service: Guarded = request.app.state.service
+    user = require_user(user_id)
+    exported = await asyncio.to_thread(service.store.export, by.tenant, user)
+    if exported is None:
+        raise _no_person(user)
+    return exported
+
+
+@shared.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format, of this replica."""
+    return Response(request.app.state.metrics.render(), media_type="text/plain; version=0.0.4")
 
 
 @routes.post("/v1/chat/completions", responses=ERRORS)
@@ -257,28 +288,6 @@ async def get_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
     return found
 
 
-@routes.delete("/v1/users/{user_id}", responses=ERRORS)
-async def delete_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
-    """Remove a person: texts, vectors and feedback."""
-    service = _service(request)
-    user = require_user(user_id)
-    if not await asyncio.to_thread(service.store.delete, by.tenant, user):
-        raise _no_person(user)
-    service.cache.forget(by.tenant, user)
-    return {"id": user, "object": "user.deleted", "deleted": True}
-
-
-@routes.get("/v1/users/{user_id}/export", responses=ERRORS)
-async def export_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
-    """All that is kept about a person, as ``/import`` takes it."""
-    service = _service(request)
-    user = require_user(user_id)
-    exported = await asyncio.to_thread(service.store.export, by.tenant, user)
-    if exported is None:
-        raise _no_person(user)
-    return exported
-
-
 @routes.post("/v1/users/{user_id}/import", responses=ERRORS)
 async def import_user(user_id: str, body: ExportedPerson, request: Request, by: By) -> Response:
     """Put an exported person in the place of what is kept under this id."""
@@ -307,12 +316,6 @@ async def health(request: Request) -> Response:
         "switching": service.live != service.wanted,  # the registry wants another run live than the one that answers
     }
     return JSONResponse(content, 200 if state == "ok" else 503)
-
-
-@routes.get("/metrics")
-async def metrics(request: Request) -> Response:
-    """Prometheus' text format, of this replica."""
-    return Response(request.app.state.metrics.render(), media_type="text/plain; version=0.0.4")
 
 
 @dataclass(frozen=True)
@@ -426,9 +429,7 @@ def require_user(value: str, param: str = "user_id") -> str:
 
 
 def _no_person(user_id: str) -> ApiError:
-    return ApiError(
-        404, f"there is no person {user_id!r}: PUT their texts first", param="user_id", code="user_not_found"
-    )
+    return ApiError(404, f"there is no person {user_id!r}", param="user_id", code="user_not_found")
 
 
 async def _known(service: Service, by: Caller, user_id: str) -> Known:

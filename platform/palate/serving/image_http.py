@@ -189,25 +189,6 @@ async def feedback(body: RankingRequest, request: Request, by: By) -> dict[str, 
     return {"object": "feedback.ranking", "id": name, "images": len(files)}
 
 
-@routes.delete("/v1/users/{user_id}", responses=ERRORS)
-async def delete_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
-    """Remove a person: rankings, images that only they ranked, and what the text server keeps of them."""
-    user = require_user(user_id)
-    if not await asyncio.to_thread(_service(request).delete_person, by.tenant, user):
-        raise _no_person(user)
-    return {"id": user, "object": "user.deleted", "deleted": True}
-
-
-@routes.get("/v1/users/{user_id}/export", responses=ERRORS)
-async def export_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
-    """All that is kept about a person; images by their digests."""
-    user = require_user(user_id)
-    exported = await asyncio.to_thread(_service(request).store.export, by.tenant, user)
-    if exported is None:
-        raise _no_person(user)
-    return exported
-
-
 @routes.get("/v1/models", responses=ERRORS)
 async def models(request: Request, by: By) -> dict[str, Any]:
     """The models that the key's tenant may use."""
@@ -232,12 +213,6 @@ async def health(request: Request) -> Response:
         "registry": "unreadable" if service.registry_error else "ok",
     }
     return JSONResponse(content, 200 if state == "ok" else 503)
-
-
-@routes.get("/metrics")
-async def metrics(request: Request) -> Response:
-    """Prometheus' text format, of this replica."""
-    return Response(request.app.state.metrics.render(), media_type="text/plain; version=0.0.4")
 
 
 @dataclass(frozen=True)
@@ -402,10 +377,6 @@ def _ranked_files(service: ImageService, body: RankingRequest) -> dict[str, byte
             )
         files[digest] = file
     return files
-
-
-def _no_person(user_id: str) -> ApiError:
-    return ApiError(404, f"there is no person {user_id!r}", param="user_id", code="user_not_found")
 
 
 def _hosted(service: ImageService, name: str | None, by: Caller) -> HostedImages:
