@@ -4,8 +4,10 @@ python serve/admin.py key-create --database sqlite:///runs/palate.db --tenant ac
 python serve/admin.py run-promote --database sqlite:///runs/palate.db --name card-2
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import subcommand
@@ -87,6 +89,17 @@ class RunRemove(_Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PersonImport(_Command):
+    """Put an exported person in the place of what is kept under this id, however large: a server's /import takes no
+    more than its max_body_bytes."""
+
+    tenant: str
+    """Whose person it becomes."""
+    file: str
+    """What GET /v1/users/{id}/export answered."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Compact(_Command):
     """Rewrite the database without what was deleted: SQLite may keep copies of rows that it moved. For quiet hours."""
 
@@ -108,6 +121,7 @@ Command = (
     | Annotated[RunRollBack, subcommand("run-roll-back")]
     | Annotated[RunList, subcommand("run-list")]
     | Annotated[RunRemove, subcommand("run-remove")]
+    | Annotated[PersonImport, subcommand("person-import")]
     | Annotated[Compact, subcommand("compact")]
     | Annotated[ImagesRemove, subcommand("images-remove")]
 )
@@ -153,6 +167,14 @@ def run_remove(store: Store, command: RunRemove) -> None:
         print(f"{store.drop_head(found.head)} vectors removed")
 
 
+def person_import(store: Store, command: PersonImport) -> None:
+    exported = json.loads(Path(command.file).read_bytes())
+    if not isinstance(exported, dict):
+        raise ValueError(f"--file {command.file} holds no exported person: give what GET /v1/users/ID/export answered")
+    person = store.restore(command.tenant, exported)
+    print(f"{person.user_id}: {person.count} texts")
+
+
 def compact(store: Store, command: Compact) -> None:
     store.compact()
 
@@ -175,6 +197,7 @@ DO: dict[type, Callable[[Store, Any], None]] = {
     RunRollBack: run_roll_back,
     RunList: run_list,
     RunRemove: run_remove,
+    PersonImport: person_import,
     Compact: compact,
     ImagesRemove: images_remove,
 }

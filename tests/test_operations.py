@@ -5,8 +5,12 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+from sqlalchemy import text
+
 from palate.serving.image_http import ImageMetrics
 from palate.serving.metrics import Metrics
+from palate.users.records import Ranking
+from palate.users.store import open_store
 
 OPERATIONS = Path(__file__).resolve().parents[1] / "docs" / "operations"
 
@@ -25,6 +29,19 @@ def exported() -> set[str]:
                 assert f'replica="{metrics.replica}"' in line
                 names.add(re.match(r"\w+", line).group())
     return names
+
+
+def test_the_page_asks_the_database_who_keeps_how_much(tmp_path):
+    page = (OPERATIONS.parent / "operations.md").read_text()
+    people, images = re.findall("^SELECT .*;$", page, re.MULTILINE)
+    with open_store(f"sqlite:///{tmp_path}/palate.db") as store:
+        for tenant, user in (("acme", "ann"), ("acme", "bob"), ("rival", "ann")):
+            store.put_history(tenant, user, [])
+        for number in range(2):
+            store.add_ranking("acme", Ranking("ann", f"r-{number}", "p", ("a" * 64, str(number) * 64)), list)
+        with store.read() as connection:
+            assert connection.execute(text(people)).all() == [("acme", 2), ("rival", 1)]
+            assert connection.execute(text(images)).all() == [("acme", 3)]
 
 
 def test_the_dashboard_and_its_page_ask_for_metrics_that_exist():

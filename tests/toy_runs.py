@@ -14,6 +14,21 @@ from palate.lpo.training import ObjectiveConfig, TuneConfig
 from palate.unihetero.stages import TrainConfig
 from palate.unihetero.training import PretrainConfig
 
+FORMATS = (".json", ".jsonl", ".parquet", ".safetensors", ".png", ".md", ".tar", ".txt")
+
+
+def with_objects(*folders: Path | str) -> list[str]:
+    """Files that may hold Python's objects: by their suffix (TensorBoard's have none), or as what they begin with says,
+    which is a pickle or the zip of ``torch.save``."""
+    found = []
+    for file in (file for folder in folders for file in Path(folder).rglob("*") if file.is_file()):
+        head = file.read_bytes()[:9]
+        known = file.suffix in FORMATS or file.name.startswith("events.out.tfevents.")
+        tensors = file.suffix == ".safetensors" and head[8:] == b"{"  # behind a number that may begin like a pickle
+        if not known or (not tensors and head.startswith((b"\x80", b"PK"))):
+            found.append(str(file))
+    return found
+
 
 def card(corpus: str, out: Path) -> CardConfig:
     return CardConfig(

@@ -1,5 +1,6 @@
 """Administration of a server's database, by the commands of docs/serving.md."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -43,6 +44,22 @@ def test_keys_are_made_listed_and_revoked(admin, tmp_path):
     assert admin("key-list").endswith("revoked")
     with pytest.raises(SystemExit, match="there is no valid key with this id"):
         admin("key-revoke", "--id", found.id)
+
+
+def test_an_exported_person_is_imported(admin, tmp_path):
+    file = tmp_path / "ann.json"
+    with open_store(f"sqlite:///{tmp_path}/palate.db") as store:
+        store.put_history("acme", "ann", [PastText("a", "b")])
+        store.add_feedback("acme", "ann", "p", "a", "e")
+        file.write_text(json.dumps(store.export("acme", "ann")))
+        assert admin("person-import", "--tenant", "rival", "--file", str(file)) == "ann: 2 texts"
+        assert store.person("rival", "ann").texts == store.person("acme", "ann").texts
+        assert len(store.feedback("rival", "ann")) == 1
+        for content in ("[]", "{}", "no JSON"):
+            file.write_text(content)
+            with pytest.raises(SystemExit, match="admin: "):
+                admin("person-import", "--tenant", "rival", "--file", str(file))
+        assert store.known("rival", "ann").version == 1
 
 
 def test_runs_are_added_promoted_rolled_back_and_removed(admin, tmp_path):

@@ -73,6 +73,7 @@ def test_a_lora_that_plain_diffusers_loads(lists: Artifact, base: Path, tmp_path
         assert grid.size[0] > 2 * 160
     card = tuned.local("README.md").read_text()
     assert "load_lora_weights" in card
+    assert toy_runs.with_objects(tmp_path, lists.url) == []
     assert "kl_beta | 50.0" in card
     with pytest.raises(artifacts.ArtifactMismatch, match="kl_beta"):
         pipeline(replace(settings, learn=ObjectiveConfig(kl_beta=60.0)), World())

@@ -289,6 +289,13 @@ def test_feedback_to_a_full_history_is_refused_by_name(http, monkeypatch):
     refused = http.post("/v1/feedback", json=edited)
     assert refused.status_code == 400
     assert "the most that are kept" in refused.json()["error"]["message"]
+    monkeypatch.undo()
+    monkeypatch.setattr("palate.users.store.MOST_CHARACTERS", 200)
+    long = [http.put("/v1/users/gwen", json={"texts": [{"output": "x" * 201}]}), http.post("/v1/feedback", json=edited)]
+    for refused in long:
+        assert refused.status_code == 400
+        assert refused.json()["error"]["type"] == "invalid_request_error"
+        assert "at most 200 are kept of one person: delete" in refused.json()["error"]["message"]
     assert http.get("/v1/users/gwen").json()["texts"] == len(TEXTS)
 
 

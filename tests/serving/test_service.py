@@ -5,6 +5,7 @@ import random
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -23,6 +24,7 @@ from palate.users import runs
 from palate.users.keys import create_key
 from palate.users.records import PastText, Ranking
 from palate.users.store import open_store
+from toy_runs import with_objects
 from toy_serving import serving, settings
 
 TEXTS = [{"input": f"Describe thing {n}.", "output": f"Well!!! thing {n} is grand, grand, grand."} for n in range(6)]
@@ -222,15 +224,17 @@ def test_a_run_that_cannot_be_loaded_is_reported_and_the_live_one_goes_on(
         with client(url) as http:
             health = http.get("/healthz").json()
             assert health["status"] == "ok"
-            assert health["failed"] == ["moved"]
+            assert (health["runs"], health["failed"], health["switching"]) == (1, 1, False)
+            assert "moved" not in http.get("/healthz").text
             assert ask(http).status_code == 200
             assert ask(http, model="moved").status_code == 404
             runs.promote(service.store, "moved")
-            until(lambda: http.get("/healthz").json()["wanted"] == "moved")
-            assert http.get("/healthz").json()["live"] == run_url.rpartition("/")[2]
+            until(lambda: http.get("/healthz").json()["switching"])
+            assert service.live == run_url.rpartition("/")[2]
             assert ask(http).status_code == 200
             shutil.copytree(second_run_url, moved)  # the storage is back
             until(lambda: service.live == "moved")
+            assert http.get("/healthz").json()["switching"] is False
 
 
 def test_load_with_cancels_gives_everyone_their_own_answer(run_url, tmp_path):
@@ -292,6 +296,15 @@ def test_load_with_cancels_gives_everyone_their_own_answer(run_url, tmp_path):
         assert worker.load.running == worker.load.waiting == 0
 
 
+def test_a_finished_run_and_its_corpus_hold_no_objects_of_python(run_url, corpus_url, tmp_path):
+    assert {file.suffix for file in Path(run_url).rglob("*")} >= {".safetensors", ".parquet", ".json"}
+    assert with_objects(run_url, corpus_url) == []
+    for number, (name, content) in enumerate((("a.pt", b"x"), ("a.json", b"\x80\x04"), ("a.safetensors", b"PK\3\4"))):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / name).write_bytes(content)
+        assert len(with_objects(tmp_path / str(number))) == 1
+
+
 def test_a_full_queue_answers_503_and_a_greedy_key_429(run_url, tmp_path):
     config = settings(tmp_path, slots=1, max_waiting=1, max_in_flight=2)
     with serving(config, run_url) as (url, service):
@@ -316,3 +329,7 @@ def test_a_full_queue_answers_503_and_a_greedy_key_429(run_url, tmp_path):
                 assert int(answer.headers["Retry-After"]) > 0
                 assert answer.json()["error"]["code"] in ("rate_limit_exceeded", "overloaded")
         assert asyncio.run(at_once(keys[:1]))[0].status_code == 200
+        body = {"model": "palate", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+        for count, status in ((2, 200), (3, 429)):  # a request's place is that of its first answer
+            with client(url, keys[0]) as http:
+                assert http.post("/v1/chat/completions", json={**body, "n": count}).status_code == status

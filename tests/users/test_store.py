@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 
 from palate.users import schema
 from palate.users.checks import MOST_TEXTS, require_id
-from palate.users.records import ExportedPerson
+from palate.users.records import ExportedPerson, Ranking
 from palate.users.store import Fitted, PastText, Store, open_store
 
 HEAD = "head-1"
@@ -44,14 +44,17 @@ def together(functions):
 
 
 def test_a_history_comes_back_whole_and_in_order(store):
-    person, changed = store.put_history("acme", "ann", [LETTER, NOTE, LETTER])
+    known, changed = store.put_history("acme", "ann", [LETTER, NOTE, LETTER])
     assert changed
-    assert (person.tenant, person.user_id, person.version) == ("acme", "ann", 1)
+    assert known == store.known("acme", "ann")
+    assert (known.tenant, known.user_id, known.version, known.count) == ("acme", "ann", 1, 3)
+    person = store.person("acme", "ann")
     assert person.texts == (LETTER, NOTE, LETTER)
-    assert store.person("acme", "ann") == person
+    same = ("tenant", "user_id", "version", "created", "updated")
+    assert [getattr(person, name) for name in same] == [getattr(known, name) for name in same]
     assert person.created.utcoffset().total_seconds() == 0
-    assert store.person("acme", "bob") is None
-    assert store.person("other", "ann") is None
+    for nobody in (("acme", "bob"), ("other", "ann")):
+        assert store.person(*nobody) is store.known(*nobody) is None
 
 
 def test_equal_texts_write_nothing_and_others_count_up(store):
@@ -62,13 +65,13 @@ def test_equal_texts_write_nothing_and_others_count_up(store):
     assert person.version == 2
     assert person.created == first.created
     assert person.updated > first.updated
-    assert store.put_history("acme", "ann", [])[0].texts == ()
-    assert store.person("acme", "ann").version == 3
+    assert store.put_history("acme", "ann", [])[0].count == 0
+    assert (store.person("acme", "ann").version, store.person("acme", "ann").texts) == (3, ())
 
 
 def test_a_first_history_may_be_empty(store):
     person, changed = store.put_history("acme", "ann", [])
-    assert (person.version, person.texts, changed) == (1, (), True)
+    assert (person.version, person.count, changed) == (1, 0, True)
     assert store.put_history("acme", "ann", [])[1] is False
 
 
@@ -137,11 +140,11 @@ def test_eight_threads_that_put_histories_end_with_one_of_them_whole(store):
 
 def test_every_version_belongs_to_one_history_under_concurrent_writes(store):
     def put(thread):
-        return lambda: [store.put_history("acme", "ann", [PastText(str(thread), str(k))])[0] for k in range(6)]
+        return lambda: [store.put_history("acme", "ann", [NOTE] * (6 * thread + k))[0] for k in range(6)]
 
     people = list(itertools.chain(*together([put(thread) for thread in range(8)])))
     assert sorted(person.version for person in people) == list(range(1, 49))
-    assert len({person.texts for person in people}) == 48
+    assert sorted(person.count for person in people) == list(range(48))
 
 
 def test_a_version_is_never_given_twice_while_a_person_is_deleted_and_put_again(store):
@@ -225,12 +228,59 @@ def test_a_full_history_takes_no_feedback_so_that_it_can_be_exported_and_importe
     assert store.feedback("acme", "ann") == []
 
 
+PAIR = ("a" * 64, "b" * 64)
+WRITES = {
+    "history": lambda store, more: store.put_history("acme", "ann", [PastText("é" * more, "x" * 50, "day")]),
+    "feedback": lambda store, more: store.add_feedback("acme", "ann", "p", "é" * more, "x" * 8),
+    "import": lambda store, more: store.restore(
+        "acme", {**store.export("acme", "ann"), "texts": [{"input": "é" * more, "output": "x" * 40}]}
+    ),
+    "ranking": lambda store, more: store.add_ranking("acme", Ranking("ann", "r-2", "é" * more, PAIR), list),
+}
+
+
+@pytest.mark.parametrize(
+    ("write", "fills"), [("history", 39), ("feedback", 22), ("import", 52), ("ranking", 40)], ids=[*WRITES]
+)
+def test_what_is_kept_of_a_person_is_bounded_in_characters(store, monkeypatch, write, fills):
+    """Texts, edited answers and rankings count together, and what is refused leaves them as they were."""
+    monkeypatch.setattr("palate.users.store.MOST_CHARACTERS", 100)
+    store.put_history("acme", "ann", [PastText("é" * 30, "b" * 10, "2024-05-01")])  # 50
+    store.add_feedback("acme", "ann", "p", "a", "e")  # 3, and 2 of the history
+    store.add_ranking("acme", Ranking("ann", "r-1", "maybe", PAIR), list)  # 5
+    before, fitted = store.export("acme", "ann"), store.known("acme", "ann")
+    with pytest.raises(ValueError, match=r"ann would have 101 characters .* at most 100 .* delete the person"):
+        WRITES[write](store, fills + 1)
+    assert store.export("acme", "ann") == before
+    assert store.known("acme", "ann") == fitted
+    store.put_history("acme", "bob", [PastText("", "c" * 100)])  # another's room
+    WRITES[write](store, fills)
+    with pytest.raises(ValueError, match="at most 100"):
+        store.add_feedback("acme", "ann", "", "", "e")
+
+
+def test_a_whole_history_is_read_by_nobody_who_needs_a_number(store, monkeypatch):
+    monkeypatch.setattr("palate.users.store._history", None)
+    assert store.put_history("acme", "ann", [LETTER, NOTE])[0].count == 2
+    assert store.put_history("acme", "ann", [LETTER])[0].count == 1
+    assert store.add_feedback("acme", "ann", "p", "a", "e").count == 2
+    assert store.known("acme", "ann").count == 2
+
+
+def test_who_only_ranked_comes_back_from_an_export(store, tmp_path):
+    store.add_ranking("acme", Ranking("ann", "r-1", "a prompt", PAIR), list)
+    exported = store.export("acme", "ann")
+    assert exported["texts"] == []
+    assert store.restore("acme", exported).count == 0
+    assert store.export("acme", "ann")["rankings"] == exported["rankings"]
+
+
 def test_feedback_is_kept_and_becomes_the_latest_text(store):
     store.put_history("acme", "ann", [LETTER])
-    person = store.add_feedback("acme", "ann", "Write a note", "Buy milk!", "milk pls")
-    assert person.version == 2
-    assert person.texts == (LETTER, PastText("Write a note", "milk pls"))
-    assert store.add_feedback("acme", "ann", "Again", "x", "y").texts[-1] == PastText("Again", "y")
+    known = store.add_feedback("acme", "ann", "Write a note", "Buy milk!", "milk pls")
+    assert (known.version, known.count) == (2, 2)
+    assert store.add_feedback("acme", "ann", "Again", "x", "y") == store.known("acme", "ann")
+    assert store.person("acme", "ann").texts == (LETTER, PastText("Write a note", "milk pls"), PastText("Again", "y"))
     first, second = store.feedback("acme", "ann")
     assert (first.prompt, first.answer, first.edited) == ("Write a note", "Buy milk!", "milk pls")
     assert first.id < second.id
@@ -548,7 +598,7 @@ def full_person(store):
     store.save_fitted("acme", "ann", fit(1, "head-old", fill=0.25))
     person = store.add_feedback("acme", "ann", "p", "a", "e")
     store.save_fitted("acme", "ann", fit(person.version))
-    return person
+    return store.person("acme", "ann")
 
 
 def test_an_exported_person_is_json_and_comes_back_in_another_database(store, tmp_path):
@@ -556,8 +606,8 @@ def test_an_exported_person_is_json_and_comes_back_in_another_database(store, tm
     exported = json.loads(json.dumps(store.export("acme", "ann")))
     with open_store(f"sqlite:///{tmp_path}/other.db") as other:
         restored = other.restore("acme", exported)
-        assert (restored.version, restored.texts) == (1, person.texts)
-        assert other.person("acme", "ann") == restored
+        assert restored == other.known("acme", "ann")
+        assert (restored.version, other.person("acme", "ann").texts) == (1, person.texts)
         assert [(f.prompt, f.answer, f.edited) for f in other.feedback("acme", "ann")] == [("p", "a", "e")]
         assert other.feedback("acme", "ann")[0].created == store.feedback("acme", "ann")[0].created
         assert other.current("acme", "ann", HEAD) == (1, None)  # vectors may be another head's: they are fitted anew
@@ -574,7 +624,8 @@ def test_restoring_replaces_and_takes_a_version_that_was_never_used_here(store):
         store.put_history("acme", "ann", [PastText("", str(number))])
     store.claim_stale(HEAD, "one", seconds=60)
     restored = store.restore("acme", exported)
-    assert (restored.version, restored.texts) == (6, person.texts)
+    assert (restored.version, restored.count) == (6, len(person.texts))
+    assert store.person("acme", "ann").texts == person.texts
     assert len(store.feedback("acme", "ann")) == 1
     assert store.current("acme", "ann", HEAD) == (6, 2)  # served until the new fit, as after any change
     assert store.missing(HEAD) == 0
@@ -600,8 +651,8 @@ def test_the_largest_and_smallest_values_that_an_import_may_hold(store):
         "feedback": [{**NOTED, "created": "2200-12-31T23:59:59Z"}, {**NOTED, "prompt": "", "answer": ""}],
         "vectors": [*vectors, {**VECTOR, "vector": longest, "version": 2**53, "cluster": 2**31 - 1}],
     }
-    person = store.restore("acme", ExportedPerson.model_validate(exported))
-    assert person == store.person("acme", "a" * 128)
+    store.restore("acme", ExportedPerson.model_validate(exported))
+    person = store.person("acme", "a" * 128)
     assert person.version == 1
     assert [len(one.output) for one in person.texts] == [100_000, 1]
     assert person.created.year < 2200  # when this store first knew them
@@ -631,7 +682,7 @@ def test_the_document_of_an_import_says_its_bounds():
         "vectors": 16,
         "rankings": 10_000,
     }
-    assert lists["texts"]["minItems"] == 1
+    assert "minItems" not in lists["texts"]  # of who only ranked images there is none
     found = {}
     for part in [schema, *schema["$defs"].values()]:
         assert part["additionalProperties"] is False
@@ -665,7 +716,6 @@ def test_the_document_of_an_import_says_its_bounds():
         ({"texts": [{"input": "a" * 100_001, "output": "b"}]}, r"texts\.0\.input"),
         ({"version": 2**70}, "version"),
         ({"created": "0001-01-01T00:00:00+14:00"}, "created"),
-        ({"texts": []}, "texts: List should have at least 1"),
         ({"texts": [{"input": "", "output": "b"}] * 10_001}, "texts: List should have at most 10000"),
         ({"texts": [{"input": "", "output": "b", "date": "1" * 41}]}, r"texts\.0\.date"),
         ({"feedback": [NOTED] * 10_001}, "feedback: List should have at most 10000"),

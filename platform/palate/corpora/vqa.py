@@ -108,7 +108,7 @@ def read_split(corpus: Artifact, split: str) -> Split:
                 assert content is not None
                 key, _, suffix = member.name.partition(".")
                 if suffix == "png":
-                    with Image.open(content) as image:
+                    with Image.open(content, formats=("PNG",)) as image:
                         images.append(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
                 elif suffix == "txt":
                     found.captions.append(content.read().decode())

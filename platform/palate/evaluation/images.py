@@ -35,7 +35,7 @@ from palate import artifacts, progress
 from palate import config as configs
 from palate.artifacts import Artifact, ArtifactMismatch, Writer, join
 from palate.config import scale
-from palate.corpora.pictures import read_images
+from palate.corpora.pictures import DECODED, read_images
 from palate.corpora.schema import LISTS, RANKED_LISTS
 from palate.evaluation import report
 from palate.evaluation.prompts import Prompt, PromptError, corpus_prompts, read_prompts
@@ -718,7 +718,7 @@ def _counts(generator: np.random.Generator, rows: int, among: int) -> Array:
 
 
 def _opened(content: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=DECODED) as image:
         return image.convert("RGB")
 
 

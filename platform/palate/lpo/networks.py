@@ -31,7 +31,8 @@ class WeightsConfig:
     targets: tuple[str, ...] = ATTENTION
     """Linear layers that get a LoRA."""
     start_lora: str | None = None
-    """Folder or hub id of a LoRA to start from, in any format that diffusers loads; its rank and layers hold."""
+    """Folder, safetensors file or hub id of a LoRA to start from, in any of diffusers' namings; its rank and layers
+    hold."""
     reference_lora: str | None = None
     """LoRA that makes the reference, instead of the bare base model."""
     gradient_checkpointing: bool = False
@@ -112,12 +113,16 @@ def load_lora(loaded: LoadedDiffusion, path: str, name: str) -> None:
     """Load a LoRA into the denoiser as adapter ``name``; a LoRA of the text encoders is left out.
 
     Raises:
-        ValueError: nothing of it fits this denoiser, or there is no such file.
+        ValueError: nothing of it fits this denoiser, there is no such file, or it is no safetensors.
     """
     pipeline: Any = loaded.pipeline
     folder = Path(path)
     if not folder.exists() and ("/" in path[1:] and path.startswith((".", "/"))):
         raise ValueError(f"{path}: no such folder or file; give a LoRA's folder, its safetensors file, or a hub id")
+    if folder.is_file() and folder.suffix != ".safetensors":  # diffusers would unpack a named file of any other kind
+        raise ValueError(
+            f"{path} is a file of the kind {folder.suffix!r}; a LoRA is read from .safetensors only: convert"
+        )
     keywords = {"weight_name": folder.name} if folder.is_file() else {}
     try:
         found = pipeline.lora_state_dict(

@@ -1,4 +1,4 @@
-"""The HTTP application of one replica: OpenAI's routes and Palate's own, keys, limits, errors (DESIGN, "HTTP")."""
+"""The HTTP application of one replica: OpenAI's routes and Palate's own, keys, limits, errors."""
 
 import asyncio
 import logging
@@ -41,9 +41,10 @@ from palate.serving.text import decode
 from palate.serving.unified import LEAD, ServedUnified, prompt_embeddings, prompt_ids
 from palate.serving.worker import EngineFailed, Overloaded
 from palate.users.checks import require_id
-from palate.users.database import Database, DatabaseUnavailable
+from palate.users.database import DatabaseUnavailable
 from palate.users.keys import authenticate
-from palate.users.records import ExportedPerson, PastText, Person
+from palate.users.records import ExportedPerson, Known, PastText
+from palate.users.store import Store
 
 PERSONALIZATION = "x-palate-personalization"
 WAIT_SECONDS = 300.0  # longest that ?wait=true blocks
@@ -71,12 +72,13 @@ class Limits(Protocol):
 
 
 class Guarded(Protocol):
-    """What stands behind an application: its limits, and the database that holds the keys."""
+    """What stands behind an application: its limits, and the database that holds keys and people."""
 
     @property
     def settings(self) -> Limits: ...
     @property
-    def store(self) -> Database: ...
+    def store(self) -> Store: ...
+    def delete_person(self, tenant: str, user_id: str) -> bool: ...
 
 
 def create_app(service: Service) -> FastAPI:
@@ -95,6 +97,7 @@ def guarded_app(description: str, router: APIRouter, service: Guarded, metrics: 
         redirect_slashes=False,
     )
     app.state.service, app.state.metrics, app.state.in_flight = service, metrics, Counter[str]()
+    app.include_router(shared)  # first: the text server's last route takes any path below /v1/users
     app.include_router(router)
     app.include_router(page.routes)
     app.add_exception_handler(ApiError, _api_error)
@@ -109,6 +112,7 @@ def guarded_app(description: str, router: APIRouter, service: Guarded, metrics: 
     return app
 
 
+shared = APIRouter()  # of every server over a database of people
 routes = APIRouter()
 _bearer = HTTPBearer(auto_error=False, description="An API key of Palate.")
 
@@ -139,6 +143,33 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (503, "Too many requests wait, the server has no run, or its database is away: try again."),
     )
 }
+
+
+@shared.delete("/v1/users/{user_id}", responses=ERRORS)
+async def delete_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
+    """Remove a person: texts, vectors, feedback, rankings, and images that only they ranked."""
+    service: Guarded = request.app.state.service
+    user = require_user(user_id)
+    if not await asyncio.to_thread(service.delete_person, by.tenant, user):
+        raise _no_person(user)
+    return {"id": user, "object": "user.deleted", "deleted": True}
+
+
+@shared.get("/v1/users/{user_id}/export", responses=ERRORS)
+async def export_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
+    """All that is kept about a person, as the text server's ``/import`` takes it; images by their digests."""
+    service: Guarded = request.app.state.service
+    user = require_user(user_id)
+    exported = await asyncio.to_thread(service.store.export, by.tenant, user)
+    if exported is None:
+        raise _no_person(user)
+    return exported
+
+
+@shared.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format, of this replica."""
+    return Response(request.app.state.metrics.render(), media_type="text/plain; version=0.0.4")
 
 
 @routes.post("/v1/chat/completions", responses=ERRORS)
@@ -245,7 +276,7 @@ async def users(request: Request, by: By, after: str = "", limit: int = 100) -> 
 async def get_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
     """A person's cluster, number of texts, and the words that their vector promotes and demotes."""
     service = _service(request)
-    person = await _person(service, by, user_id)
+    person = await _known(service, by, user_id)
     found = await _described(service, by, person)
     hosted = service.hosted.get(service.live or "")
     if hosted is not None and found["status"] == "personal":
@@ -255,28 +286,6 @@ async def get_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
             said = await asyncio.to_thread(hosted.run.promoted_and_demoted, vector_J)
             found["vector"] = None if said is None else asdict(said)
     return found
-
-
-@routes.delete("/v1/users/{user_id}", responses=ERRORS)
-async def delete_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
-    """Remove a person: texts, vectors and feedback."""
-    service = _service(request)
-    user = require_user(user_id)
-    if not await asyncio.to_thread(service.store.delete, by.tenant, user):
-        raise _no_person(user)
-    service.cache.forget(by.tenant, user)
-    return {"id": user, "object": "user.deleted", "deleted": True}
-
-
-@routes.get("/v1/users/{user_id}/export", responses=ERRORS)
-async def export_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
-    """All that is kept about a person, as ``/import`` takes it."""
-    service = _service(request)
-    person = await _person(service, by, user_id)
-    exported = await asyncio.to_thread(service.store.export, by.tenant, person.user_id)
-    if exported is None:  # deleted a moment ago
-        raise _no_person(person.user_id)
-    return exported
 
 
 @routes.post("/v1/users/{user_id}/import", responses=ERRORS)
@@ -302,18 +311,11 @@ async def health(request: Request) -> Response:
     state = "ok" if service.healthy and service.ready else "failed" if not service.healthy else "no run is live"
     content = {
         "status": state,
-        "live": service.live,
-        "wanted": service.wanted,
-        "runs": sorted(one.name for one in service.all_hosted),
-        "failed": sorted(service.failed),
+        "runs": len(service.all_hosted),
+        "failed": len(service.failed),  # whose names are in the log
+        "switching": service.live != service.wanted,  # the registry wants another run live than the one that answers
     }
     return JSONResponse(content, 200 if state == "ok" else 503)
-
-
-@routes.get("/metrics")
-async def metrics(request: Request) -> Response:
-    """Prometheus' text format, of this replica."""
-    return Response(request.app.state.metrics.render(), media_type="text/plain; version=0.0.4")
 
 
 @dataclass(frozen=True)
@@ -427,17 +429,15 @@ def require_user(value: str, param: str = "user_id") -> str:
 
 
 def _no_person(user_id: str) -> ApiError:
-    return ApiError(
-        404, f"there is no person {user_id!r}: PUT their texts first", param="user_id", code="user_not_found"
-    )
+    return ApiError(404, f"there is no person {user_id!r}", param="user_id", code="user_not_found")
 
 
-async def _person(service: Service, by: Caller, user_id: str) -> Person:
+async def _known(service: Service, by: Caller, user_id: str) -> Known:
     user = require_user(user_id)
-    person = await asyncio.to_thread(service.store.person, by.tenant, user)
-    if person is None:
+    known = await asyncio.to_thread(service.store.known, by.tenant, user)
+    if known is None:
         raise _no_person(user)
-    return person
+    return known
 
 
 async def _answer_about_images(
@@ -472,7 +472,7 @@ async def _read_beside(
     request: Request, by: Caller, hosted: HostedUnified, answers: int, read: Callable[[], torch.Tensor]
 ) -> torch.Tensor:
     """What ``read`` gives, on the model's reading thread; for nobody whose answers would not fit or who is gone."""
-    release = take_places(request, by, answers)  # images in memory take a place, as answers do
+    release = take_places(request.app, by, answers - 1)  # images in memory take a place, as answers do
     try:
         hosted.worker.require_room(answers)
         try:
@@ -597,7 +597,7 @@ async def _answer(
 ) -> Response:
     """Start the requests, and answer whole or as a stream once the first token is there."""
     metrics = request.app.state.metrics
-    release = take_places(request, by, len(asked))
+    release = take_places(request.app, by, len(asked) - 1)
     started = request.state.started
     try:
         answering = Answering(hosted.worker, asked)
@@ -631,18 +631,21 @@ async def _answer(
     return JSONResponse(content, headers=headers)
 
 
-def take_places(request: Request, by: Caller, count: int) -> Callable[[], None]:
-    """Count requests of a key as under way; the function that ends that.
+def take_places(app: FastAPI, by: Caller, count: int) -> Callable[[], None]:
+    """Count as many of a key's places as taken; the function that ends that.
+
+    Each request has one for as long as it lasts (``Authenticated``): who makes n answers or images takes n - 1 more.
 
     Raises:
         ApiError: the key has as many under way as it may.
     """
-    in_flight: Counter[str] = request.app.state.in_flight
-    most = request.app.state.service.settings.max_in_flight
-    if in_flight[by.key] + count > most:
+    in_flight: Counter[str] = app.state.in_flight
+    most = app.state.service.settings.max_in_flight
+    if (wanted := in_flight[by.key] + count) > most:
         raise ApiError(
             429,
-            f"{in_flight[by.key]} requests of this key are under way, and at most {most} may be: wait for one to end",
+            f"{wanted} requests and answers of this key would be under way, and at most {most} may be: wait for one to "
+            "end",
             code="rate_limit_exceeded",
             headers={"Retry-After": "1"},
         )
@@ -759,10 +762,9 @@ def translated(error: Exception) -> ApiError:
     return ApiError(400, str(error))
 
 
-async def _follow(request: Request, by: Caller, write: Callable[[], Person], wait: bool) -> Response:
+async def _follow(request: Request, by: Caller, write: Callable[[], Known], wait: bool) -> Response:
     """Write a person, and say where their fit can be followed (202), or that it is done (200)."""
     service = _service(request)
-    release = take_places(request, by, 1)
     try:
         try:
             person = await asyncio.to_thread(write)
@@ -783,11 +785,9 @@ async def _follow(request: Request, by: Caller, write: Callable[[], Person], wai
             pause = min(1.0, 1.3 * pause)
     except ClientGone as error:
         raise translated(error) from error
-    finally:
-        release()
 
 
-async def _described(service: Service, by: Caller, person: Person) -> dict[str, Any]:
+async def _described(service: Service, by: Caller, person: Known) -> dict[str, Any]:
     """A person and how far their fit is.
 
     Raises:
@@ -800,7 +800,7 @@ async def _described(service: Service, by: Caller, person: Person) -> dict[str, 
         "id": person.user_id,
         "object": "user",
         "status": "pending",
-        "texts": len(person.texts),
+        "texts": person.count,
         "version": person.version,
         "model": service.live,
         "created": int(person.created.timestamp()),
@@ -899,7 +899,7 @@ class BoundedBody:
 
 
 class Authenticated:
-    """Finds out who asks for anything under /v1 before the body is read."""
+    """Finds out who asks for anything under /v1, and that the key has a place for it, before the body is read."""
 
     def __init__(self, app: ASGIApp, service: Guarded) -> None:
         self._app, self._service = app, service
@@ -909,13 +909,19 @@ class Authenticated:
         if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")).startswith("/v1/"):
             try:
                 caller = await self._caller(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
+                scope.setdefault("state", {})["caller"] = caller  # also of what is refused, for the log
+                release = take_places(scope["app"], caller, 1)
             except ApiError as error:
                 await error.response()(scope, receive, send)
                 return
             except DatabaseUnavailable as error:
                 await _away(error, scope["state"]["request_id"])(scope, receive, send)
                 return
-            scope.setdefault("state", {})["caller"] = caller
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                release()
+            return
         await self._app(scope, receive, send)
 
     async def _caller(self, header: str) -> Caller:

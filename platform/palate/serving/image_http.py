@@ -139,21 +139,17 @@ async def generations(body: GenerationRequest, request: Request, by: By) -> Resp
 async def edits(request: Request, by: By) -> Response:
     """What an instruction makes of an image (multipart; the file ``image``)."""
     service = _service(request)
-    release = take_places(request, by, 1)  # a body in memory takes a place, as an image does
-    try:
-        with _refusing_forms():
-            form = request.headers.get("content-type", ""), await request.body()
-            fields, files = await asyncio.to_thread(read_form, *form)
-            content = one_image(fields, files)
-            body = EditRequest.of_form(fields)
-            hosted = _hosted(service, body.model, by)
-            if isinstance(hosted.model, UnifiedImages) or not hosted.model.editing:
-                raise ApiError(
-                    400, f"{hosted.name!r} does not edit images: ask a model that does (InstructPix2Pix)", param="model"
-                )
-            source = await asyncio.to_thread(read_upload, content, service.settings.max_upload_pixels)
-    finally:
-        release()
+    with _refusing_forms():
+        form = request.headers.get("content-type", ""), await request.body()
+        fields, files = await asyncio.to_thread(read_form, *form)
+        content = one_image(fields, files)
+        body = EditRequest.of_form(fields)
+        hosted = _hosted(service, body.model, by)
+        if isinstance(hosted.model, UnifiedImages) or not hosted.model.editing:
+            raise ApiError(
+                400, f"{hosted.name!r} does not edit images: ask a model that does (InstructPix2Pix)", param="model"
+            )
+        source = await asyncio.to_thread(read_upload, content, service.settings.max_upload_pixels)
     fitted = fitted_size(source.size, hosted.model.multiple, service.settings.max_pixels)
     size = _size(request, hosted, body.wanted or fitted)
     source = await asyncio.to_thread(ImageOps.fit, source, size)
@@ -182,7 +178,6 @@ async def feedback(body: RankingRequest, request: Request, by: By) -> dict[str, 
     name = require_user(body.id, "id") if body.id is not None else f"ranking-{uuid4().hex}"
     if body.model is not None:
         _hosted(service, body.model, by)
-    release = take_places(request, by, 1)  # its images are in memory
     try:
         files = await asyncio.to_thread(_ranked_files, service, body)
         ranking = Ranking(user, name, body.prompt, tuple(files), body.model)
@@ -191,28 +186,7 @@ async def feedback(body: RankingRequest, request: Request, by: By) -> dict[str, 
         raise ApiError(409, str(error), param="id", code="id_in_use") from error
     except ValueError as error:  # what the body's checks let through, such as a person with too many
         raise ApiError(400, str(error)) from error
-    finally:
-        release()
     return {"object": "feedback.ranking", "id": name, "images": len(files)}
-
-
-@routes.delete("/v1/users/{user_id}", responses=ERRORS)
-async def delete_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
-    """Remove a person: rankings, images that only they ranked, and what the text server keeps of them."""
-    user = require_user(user_id)
-    if not await asyncio.to_thread(_service(request).delete_person, by.tenant, user):
-        raise _no_person(user)
-    return {"id": user, "object": "user.deleted", "deleted": True}
-
-
-@routes.get("/v1/users/{user_id}/export", responses=ERRORS)
-async def export_user(user_id: str, request: Request, by: By) -> dict[str, Any]:
-    """All that is kept about a person; images by their digests."""
-    user = require_user(user_id)
-    exported = await asyncio.to_thread(_service(request).store.export, by.tenant, user)
-    if exported is None:
-        raise _no_person(user)
-    return exported
 
 
 @routes.get("/v1/models", responses=ERRORS)
@@ -239,12 +213,6 @@ async def health(request: Request) -> Response:
         "registry": "unreadable" if service.registry_error else "ok",
     }
     return JSONResponse(content, 200 if state == "ok" else 503)
-
-
-@routes.get("/metrics")
-async def metrics(request: Request) -> Response:
-    """Prometheus' text format, of this replica."""
-    return Response(request.app.state.metrics.render(), media_type="text/plain; version=0.0.4")
 
 
 @dataclass(frozen=True)
@@ -293,7 +261,7 @@ async def _answer(request: Request, by: Caller, asked: _Asked) -> Response:
     requests = asked.requests(body.seed if body.seed is not None else secrets.randbelow(MAX_SEED))
     if (steps := requests[0].config.sampler_steps) > settings.max_steps:
         raise ApiError(400, f"{steps} steps: this server takes at most {settings.max_steps}", param="steps")
-    release = take_places(request, by, body.n)
+    release = take_places(request.app, by, body.n - 1)
     try:
         drawing = Drawing(_service(request).worker, requests)
     except (Overloaded, EngineFailed) as error:
@@ -409,10 +377,6 @@ def _ranked_files(service: ImageService, body: RankingRequest) -> dict[str, byte
             )
         files[digest] = file
     return files
-
-
-def _no_person(user_id: str) -> ApiError:
-    return ApiError(404, f"there is no person {user_id!r}", param="user_id", code="user_not_found")
 
 
 def _hosted(service: ImageService, name: str | None, by: Caller) -> HostedImages:

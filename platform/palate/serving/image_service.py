@@ -110,7 +110,8 @@ class ImageSettings(BaseModel):
     max_waiting: int = Field(64, ge=0)
     """Images that may wait beside those; more are refused with 503."""
     max_in_flight: int = Field(16, ge=1)
-    """Images that one key may have under way in this replica; more are refused with 429."""
+    """Requests that one key may have under way in this replica, whose n images count each; more are refused with 429
+    before their body is read."""
     max_images: int = Field(4, ge=1)
     """Largest ``n``."""
     max_steps: int = Field(100, ge=1)

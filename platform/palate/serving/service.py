@@ -169,6 +169,13 @@ class Service:
         version, _ = self.store.current(tenant, user_id, run.version)
         return Served(run.population, "population" if version is None else "pending", history)
 
+    def delete_person(self, tenant: str, user_id: str) -> bool:
+        """Delete all that is kept of a person; False if there is nobody. An image server removes what files of theirs
+        nobody else needs."""
+        found = self.store.delete(tenant, user_id)
+        self.cache.forget(tenant, user_id)
+        return found
+
     def fit_soon(self) -> None:
         """Have the fitting thread look at the database now."""
         self._fit_now.set()

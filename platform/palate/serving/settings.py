@@ -36,7 +36,8 @@ class Settings(BaseModel):
     max_waiting: int = Field(64, ge=0)
     """Requests that may wait for a slot; more are refused with 503."""
     max_in_flight: int = Field(32, ge=1)
-    """Answers that one key may have under way in this replica; more are refused with 429."""
+    """Requests that one key may have under way in this replica, whose n answers count each; more are refused with
+    429 before their body is read."""
     max_answers: int = Field(8, ge=1)
     """Largest ``n``."""
     max_new_tokens: int = Field(512, ge=1)

@@ -2,7 +2,8 @@
 
 import re
 
-MOST_TEXTS = 10_000  # of a person; as many answers that they edited
+MOST_TEXTS = 10_000  # of a person; as many answers that they edited, and as many rankings
+MOST_CHARACTERS = 10_000_000  # of a person in all of these together: what one may take in memory is bounded by it
 _ID = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
 
 

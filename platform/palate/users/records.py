@@ -42,6 +42,18 @@ class Person:
     updated: datetime
 
 
+@dataclass(frozen=True)
+class Known:
+    """A person without the history, of which ``count`` is the number of texts. ``version`` is the history's."""
+
+    tenant: str
+    user_id: str
+    version: int
+    count: int
+    created: datetime
+    updated: datetime
+
+
 @dataclass(frozen=True, eq=False)
 class Fitted:
     """A person's vector for one model head.
@@ -222,7 +234,7 @@ class ExportedPerson(_Values):
     version: _Version
     created: _Time
     updated: _Time
-    texts: Annotated[list[_Text], Field(min_length=1, max_length=MOST_TEXTS)]
+    texts: Annotated[list[_Text], Field(max_length=MOST_TEXTS)]  # none, where only rankings are known
     feedback: Annotated[list[_Feedback], Field(max_length=MOST_TEXTS)]
     vectors: Annotated[list[_Vector], Field(max_length=16), AfterValidator(_one_a_head)]
     rankings: Annotated[list[_Ranking], Field(max_length=MOST_TEXTS)] = []

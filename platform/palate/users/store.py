@@ -12,14 +12,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Connection, Row, and_, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Row, Table, and_, delete, func, insert, or_, select, update
 
-from palate.users.checks import MOST_TEXTS, require_id, require_text
+from palate.users.checks import MOST_CHARACTERS, MOST_TEXTS, require_id, require_text
 from palate.users.database import Database, connect, upgrade
 from palate.users.records import (
     ExportedPerson,
     Feedback,
     Fitted,
+    Known,
     PastText,
     Person,
     Ranking,
@@ -40,7 +41,16 @@ from palate.users.schema import (
     vectors,
 )
 
+_LESS = "delete the person, and store the texts that are still theirs"
 ANNOUNCED_SECONDS = 3600.0  # longest that images are written before their ranking is stored
+
+
+# What of a person is as long as clients make it.
+_WRITTEN = {
+    texts: (texts.c.input, texts.c.output, texts.c.date),
+    feedback: (feedback.c.prompt, feedback.c.answer, feedback.c.edited),
+    rankings: (rankings.c.prompt,),
+}
 
 
 class OtherRanking(ValueError):
@@ -71,49 +81,50 @@ class Store(Database):
         # again: who may fit them is decided in the database.
         self._searched: dict[tuple[str, str | None], int] = {}
 
-    def put_history(self, tenant: str, user_id: str, history: Sequence[PastText]) -> tuple[Person, bool]:
+    def put_history(self, tenant: str, user_id: str, history: Sequence[PastText]) -> tuple[Known, bool]:
         """Replace a person's history; the person is created if new. Equal texts write nothing and keep the version.
 
         Returns the person, and whether anything changed. Versions grow by one; those of a person who was deleted and
         comes back go on above any that the tenant's deleted people had.
 
         Raises:
-            ValueError: an id or a text that cannot be stored, by name.
+            ValueError: an id or a text that cannot be stored, by name; or more than is kept of one person.
         """
         given = tuple(history)
         for number, one in enumerate(given):
             require_past_text(one, f"texts[{number}]")
         with self.write() as connection:
             row = self._locked_or_new(connection, tenant, user_id)
-            if row.version:
-                before = _person(connection, row)
-                if before.texts == given:
-                    return before, False
+            if (
+                row.version
+                and _count(connection, texts, row.id) == len(given)
+                and _history(connection, row.id) == given
+            ):
+                return _known(row, len(given)), False
             connection.execute(delete(texts).where(texts.c.person_id == row.id))
             _insert_texts(connection, row.id, given)
-            return self._changed(connection, row), True
+            return _known(self._changed(connection, row), len(given)), True
 
-    def add_feedback(self, tenant: str, user_id: str, prompt: str, answer: str, edited: str) -> Person:
+    def add_feedback(self, tenant: str, user_id: str, prompt: str, answer: str, edited: str) -> Known:
         """Store feedback and append (prompt, edited) to the history; the person is created if new.
 
         Raises:
-            ValueError: an id or a text that cannot be stored, by name; or a history that is full.
+            ValueError: an id or a text that cannot be stored, by name; or more than is kept of one person.
         """
         for name, value in (("prompt", prompt), ("answer", answer), ("edited", edited)):
             require_text(value, name)
         with self.write() as connection:
             row = self._locked_or_new(connection, tenant, user_id)
-            for table, what in ((texts, "texts"), (feedback, "edited answers")):
-                count = select(func.count()).where(table.c.person_id == row.id)
-                if connection.execute(count).scalar_one() >= MOST_TEXTS:
+            count = _count(connection, texts, row.id)
+            for found, what in ((count, "texts"), (_count(connection, feedback, row.id), "edited answers")):
+                if found >= MOST_TEXTS:
                     raise ValueError(
-                        f"{user_id} has {MOST_TEXTS} {what}, the most that are kept of one person: delete the person, "
-                        "and store the texts that are still theirs"
+                        f"{user_id} has {MOST_TEXTS} {what}, the most that are kept of one person: {_LESS}"
                     )
             _insert_feedback(connection, row.id, prompt, answer, edited, _utc())
             last = connection.scalar(select(func.max(texts.c.position)).where(texts.c.person_id == row.id))
             _insert_texts(connection, row.id, [PastText(prompt, edited)], start=0 if last is None else last + 1)
-            return self._changed(connection, row)
+            return _known(self._changed(connection, row), count + 1)
 
     def announce_images(self, tenant: str, digests: Sequence[str]) -> None:
         """Say that images are about to be written for a ranking. If that is not stored, ``remove_images`` removes them
@@ -147,9 +158,9 @@ class Store(Database):
                 if found[0].content == ranking.content:
                     return found[0]
                 raise OtherRanking(f"{ranking.id!r} is the id of another ranking: give a new one, or the same content")
-            count = select(func.count()).where(rankings.c.person_id == row.id)
-            if connection.execute(count).scalar_one() >= MOST_TEXTS:
+            if _count(connection, rankings, row.id) >= MOST_TEXTS:
                 raise ValueError(f"{ranking.user_id} has {MOST_TEXTS} rankings, the most that are kept of one person")
+            _require_room(connection, row, more=len(ranking.prompt))
             keep()
             stored = replace(ranking, created=_utc())
             values = {"name": stored.id, "prompt": stored.prompt, "model": stored.model, "created": stored.created}
@@ -197,6 +208,12 @@ class Store(Database):
         with self.read() as connection:
             row = connection.execute(_by_id(tenant, user_id)).one_or_none()
             return None if row is None else _person(connection, row)
+
+    def known(self, tenant: str, user_id: str) -> Known | None:
+        """A person without the texts, which are counted and not read."""
+        with self.read() as connection:
+            row = connection.execute(_by_id(tenant, user_id)).one_or_none()
+            return None if row is None else _known(row, _count(connection, texts, row.id))
 
     def feedback(self, tenant: str, user_id: str) -> list[Feedback]:
         """A person's feedback, oldest first; empty for someone unknown."""
@@ -366,14 +383,15 @@ class Store(Database):
             notes = _feedback(connection, tenant, user_id)
             return to_json(_person(connection, row), notes, [_fitted(one) for one in fits], said)
 
-    def restore(self, tenant: str, exported: ExportedPerson | Mapping[str, Any]) -> Person:
+    def restore(self, tenant: str, exported: ExportedPerson | Mapping[str, Any]) -> Known:
         """Put back the texts and feedback that ``export`` gave, in this database or another, in place of those here.
 
         Version and times are this store's own, whatever the exported ones were, and the vectors are fitted anew: no
         import can hold up anybody else. Rankings stay as they are here: the images of others are not in an export.
 
         Raises:
-            ValueError: something in ``exported`` is not as ``export`` writes it, by name.
+            ValueError: something in ``exported`` is not as ``export`` writes it, by name; or it is more than is kept
+                of one person.
         """
         person, notes = from_json(tenant, exported)
         with self.write() as connection:
@@ -383,7 +401,7 @@ class Store(Database):
             _insert_texts(connection, row.id, person.texts)
             for note in notes:
                 _insert_feedback(connection, row.id, note.prompt, note.answer, note.edited, note.created)
-            return self._changed(connection, row)
+            return _known(self._changed(connection, row), len(person.texts))
 
     def _locked_or_new(self, connection: Connection, tenant: str, user_id: str) -> Row[Any]:
         """The person's row, locked until the transaction ends; a new one has version 0, which nobody else sees."""
@@ -411,11 +429,16 @@ class Store(Database):
         floor = connection.scalar(select(tenants.c.floor).where(tenants.c.tenant == row.tenant))
         return (floor or 0) + 1
 
-    def _changed(self, connection: Connection, row: Row[Any]) -> Person:
-        """Give a person whose texts were changed in this transaction the next version."""
+    def _changed(self, connection: Connection, row: Row[Any]) -> Row[Any]:
+        """Give a person whose texts were changed in this transaction the next version; their row afterwards.
+
+        Raises:
+            ValueError: more is there now than is kept of one person.
+        """
+        _require_room(connection, row)
         values = {"version": self._next_version(connection, row), "updated": _utc()}
         connection.execute(update(people).where(people.c.id == row.id).values(**values))
-        return _person(connection, connection.execute(_by_id(row.tenant, row.user_id)).one())
+        return connection.execute(_by_id(row.tenant, row.user_id)).one()
 
     def _find_stale(self, head: str, tenant: str | None, after: int, end: int | None, limit: int) -> list[int]:
         """Row ids of people to fit whom nobody has leased, in order, as far as a reader sees."""
@@ -474,9 +497,34 @@ def _drop_leases(connection: Connection, condition: Any) -> int:
 
 
 def _person(connection: Connection, row: Row[Any]) -> Person:
-    query = select(texts.c.input, texts.c.output, texts.c.date).where(texts.c.person_id == row.id)
-    history = tuple(PastText(*one) for one in connection.execute(query.order_by(texts.c.position)))
+    history = _history(connection, row.id)
     return Person(row.tenant, row.user_id, row.version, history, row.created, row.updated)
+
+
+def _known(row: Row[Any], count: int) -> Known:
+    return Known(row.tenant, row.user_id, row.version, count, row.created, row.updated)
+
+
+def _history(connection: Connection, person: int) -> tuple[PastText, ...]:
+    query = select(texts.c.input, texts.c.output, texts.c.date).where(texts.c.person_id == person)
+    return tuple(PastText(*one) for one in connection.execute(query.order_by(texts.c.position)))
+
+
+def _count(connection: Connection, table: Table, person: int) -> int:
+    return connection.execute(select(func.count()).where(table.c.person_id == person)).scalar_one()
+
+
+def _require_room(connection: Connection, row: Row[Any], more: int = 0) -> None:
+    """Raises ValueError if a person has more than ``MOST_CHARACTERS`` characters, or would have with ``more``."""
+    found = more
+    for table, columns in _WRITTEN.items():
+        length = sum(func.coalesce(func.length(column), 0) for column in columns)
+        found += connection.scalar(select(func.coalesce(func.sum(length), 0)).where(table.c.person_id == row.id))
+    if found > MOST_CHARACTERS:
+        raise ValueError(
+            f"{row.user_id} would have {found} characters of texts, edited answers and rankings; at most "
+            f"{MOST_CHARACTERS} are kept of one person: {_LESS}"
+        )
 
 
 def _feedback(connection: Connection, tenant: str, user_id: str) -> list[Feedback]:

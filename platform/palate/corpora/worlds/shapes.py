@@ -276,7 +276,7 @@ def encode_png(image_3HW: Array) -> bytes:
 
 def decode_png(content: bytes) -> Array:
     """The image (3, H, W) in [0, 1]."""
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
         return np.asarray(image.convert("RGB"), dtype=np.float64).transpose(2, 0, 1) / 255
 
 
