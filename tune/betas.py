@@ -112,7 +112,8 @@ def measure_kl(config: KlBetas, values: Mapping[str, Any], steps: int) -> dict[s
 
 
 def estimates(config: KlBetas, runs: Mapping[str, list[str]], out: str) -> dict[str, dict[str, Estimate]]:
-    """Metrics of the runs of each name, several seeds together: win rates against the base, drift, mean scores."""
+    """Metrics by name, several seeds of it together: win rates against the base, drift, mean scores; by "NAME against
+    NAME", win rates against each other."""
     asked = images.ImagesConfig(
         run=tuple(f"{name}={folder}" for name, folders in runs.items() for folder in folders),
         out=out,
@@ -127,14 +128,24 @@ def estimates(config: KlBetas, runs: Mapping[str, list[str]], out: str) -> dict[
     found: dict[str, dict[str, Estimate]] = {name: {} for name in runs}
     for full, one in metrics.items():
         metric, _, system = full.rpartition("/")
-        if system in found and one["value"] is not None:
+        if one["value"] is not None:
             low, high = (float("nan") if one[end] is None else one[end] for end in ("low", "high"))
-            found[system][metric] = Estimate(one["value"], low, high, one["n"], one["n"], float("nan"))
+            estimate = Estimate(one["value"], low, high, one["n"], one["n"], float("nan"))
+            found.setdefault(system, {})[metric] = estimate
     return found
 
 
+def against(found: Mapping[str, Mapping[str, Estimate]], one: str, other: str, metric: str) -> Estimate:
+    """The win rate of one's images over the other's at the same seeds; what was estimated is either's."""
+    if f"{one} against {other}" in found:
+        return found[f"{one} against {other}"][metric]
+    back = found[f"{other} against {one}"][metric]
+    return replace(back, value=1 - back.value, low=1 - back.high, high=1 - back.low)
+
+
 def compare_kl(config: KlBetas, reported: Sequence[Reported]) -> list[sweeps.Point]:
-    """A point for each value and number of steps, its seeds together; fewer of them where trials ended early."""
+    """A point for each value and number of steps, its seeds together; fewer of them where trials ended early. Beside it
+    drift, and the win rate against the best value of as many steps and seeds."""
     runs: dict[tuple[int, float], list[str]] = {}
     for one in reported:
         runs.setdefault((one.budget, one.values["kl_beta"]), []).append(trial_kl(config, one.values, one.budget).out)
@@ -145,10 +156,12 @@ def compare_kl(config: KlBetas, reported: Sequence[Reported]) -> list[sweeps.Poi
     for (steps, count), values in groups.items():
         named = {f"kl-beta-{kl_beta:g}": folders for kl_beta, folders in values.items()}
         found = estimates(config, named, join(config.lpo.out, "evaluation", f"steps-{steps}-runs-{count}"))
-        for kl_beta in values:
-            ours = found[f"kl-beta-{kl_beta:g}"]
-            others = {name: ours[name] for name in ("drift",) if name in ours}
-            points.append(sweeps.Point({"kl_beta": kl_beta}, steps, count, ours[config.win_rate], others=others))
+        best = max(named, key=lambda name: found[name][config.win_rate].value)
+        for kl_beta, name in zip(values, named, strict=True):
+            others = {"drift": found[name]["drift"]} if "drift" in found[name] else {}
+            if name != best:
+                others["win rate against the best"] = against(found, name, best, config.win_rate)
+            points.append(sweeps.Point({"kl_beta": kl_beta}, steps, count, found[name][config.win_rate], others=others))
     return points
 
 

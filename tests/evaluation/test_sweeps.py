@@ -58,9 +58,18 @@ def test_table_plot_numbers_and_config_are_written(tmp_path):
     assert "| 1 | 8 | 3 | 2 | 0.500 [0.400, 0.600] | -0.300 [-0.400, -0.200] |" in text
     assert "| 16 | 4 | 3 | 1 | 0.700 |" in text
     assert "- one failed" in text
+    assert "| less the best |" in text
     assert "    python x" in text
     with Image.open(tmp_path / "sweep/report/sweep.png") as picture:
         assert picture.width == 1440  # two panels: values, and paired differences
     said = sweeps.summary(some, winner, ACCURACY, out)
     assert "clusters 2, rank 4: 0.800 [0.700, 0.900]  <- chosen" in said
     assert "clusters 8" not in said
+
+
+def test_a_column_that_nobody_fills_is_left_out(tmp_path):
+    some = [sweeps.Point({"beta": float(beta)}, 3, 1, estimate(0.5 + beta / 10)) for beta in range(2)]
+    sweeps.write(some, ACCURACY, (tmp_path / "sweep").as_uri(), title="K", budget="steps", chosen={}, then=[])
+    text = (tmp_path / "sweep/report/report.md").read_text()
+    assert "| beta | steps | runs | accuracy |\n|---|---|---|---|\n" in text
+    assert "| 1.0 | 3 | 1 | **0.600 [0.500, 0.700]** |\n" in text

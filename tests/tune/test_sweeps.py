@@ -135,6 +135,12 @@ def test_kl_betas_are_compared_over_seeds_and_the_job_takes_the_best(folder):
     for point in points:
         assert 0 <= point["metric"]["value"] <= 1
         assert "drift" in point["others"]
+    (worse,) = (point for point in points if "win rate against the best" in point["others"])
+    assert worse["metric"]["value"] == min(point["metric"]["value"] for point in points)
+    metrics = json.loads(next((folder / "kl/evaluation").glob("*/report/report.json")).read_text())["metrics"]
+    both = metrics["utility win rate/kl-beta-5000 against kl-beta-500"]["value"]
+    found = worse["others"]["win rate against the best"]["value"]
+    assert found == pytest.approx(both if worse["values"]["kl_beta"] == 5000 else 1 - both)
     best = json.loads((folder / "kl/best.json").read_text())
     assert best["learn"]["kl_beta"] in (500.0, 5000.0)
     assert best["tune"]["steps"] == 2

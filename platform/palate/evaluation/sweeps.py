@@ -83,13 +83,14 @@ def write(
     others = sorted({name for point in points for name in point.others})
     swept = list(winner.values)
     ordered = sorted(points, key=lambda point: (point.budget, *(_key(point.values[name]) for name in swept)))
-    head = [*swept, *filter(None, [budget]), "runs", metric.name, "less the best", *others]
+    paired = ["less the best"] if any(point.to_best for point in points) else []
+    head = [*swept, *filter(None, [budget]), "runs", metric.name, *paired, *others]
     rows = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for point in ordered:
         cells = [str(point.values[name]) for name in swept]
         cells += [f"{point.budget:,}"] if budget else []
         cells += [str(point.runs), _shown(point.metric, mark=point is winner)]
-        cells += [_shown(point.to_best) if point.to_best and point is not winner else ""]
+        cells += [_shown(point.to_best) if point.to_best and point is not winner else "" for _ in paired]
         cells += [_shown(point.others[name]) if name in point.others else "" for name in others]
         rows.append(f"| {' | '.join(cells)} |")
     better = "more" if metric.higher_is_better else "less"
