@@ -119,7 +119,8 @@ def test_what_a_dead_replica_had_begun_is_fitted_by_another(run_url, tmp_path):
     config = settings(tmp_path, require_keys=False)
     with open_store(config.database) as store:
         person, _ = store.put_history("default", "bob", [PastText(**one) for one in TEXTS])
-        assert store.claim_stale(open_run(run_url).version, "dead", seconds=2.0) == [person]
+        (claimed,) = store.claim_stale(open_run(run_url).version, "dead", seconds=2.0)
+        assert (claimed.user_id, claimed.version, len(claimed.texts)) == ("bob", person.version, person.count)
     with serving(config, run_url) as (url, service):
         until(lambda: service.fitted_version("default", "bob")[1] == person.version)
         assert ask(client(url), "bob").headers[PERSONALIZATION] == "personal"
