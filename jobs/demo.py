@@ -61,7 +61,7 @@ START_SECONDS = 300
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Sized for two cores and five minutes; a GPU, or patience, takes more of everything."""
+    """Sized for two cores and about a quarter of an hour; a GPU, or patience, takes more of everything."""
 
     out: str = scale("runs/demo")
     """Folder of the corpus, the run and the evaluation."""

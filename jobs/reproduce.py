@@ -177,6 +177,7 @@ def main() -> None:
         report = reproduction.write(lines, config.out, "Three papers' claims, tested", said)
     except (ArtifactError, TrainingStopped, ValueError, OSError) as error:
         raise SystemExit(f"reproduce: {error}") from None
+    print(said[0])
     for line in lines:
         print(f"{line.paper:>9}: {line.claim}: {line.outcome} ({line.result})")
     print(f"report: {report}")

@@ -319,6 +319,48 @@ def test_texts_that_are_none_are_refused(http, texts):
     assert http.get("/v1/users/eve").status_code == 404
 
 
+CHAT = {"model": "palate", "messages": [{"role": "user", "content": "hello"}]}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "kind", "status", "said"),
+    [
+        ("POST", "/v1/chat/completions", json.dumps(CHAT), "text/plain", 400, "'Content-Type: application/json'"),
+        ("POST", "/v1/chat/completions", "", "application/json", 400, "a JSON object is expected"),
+        ("POST", "/v1/chat/completions", b'{"a": "\xff"}', "application/json", 400, "JSON in UTF-8"),
+        (
+            "POST",
+            "/v1/chat/completions",
+            json.dumps({**CHAT, "stop": ["x"] * 9}),
+            "application/json",
+            400,
+            "stop: List",
+        ),
+        (
+            "PUT",
+            "/v1/users/eve",
+            json.dumps({"texts": [{"output": "x" * 100_001}]}),
+            "application/json",
+            400,
+            "at most 100000 characters, found 100001",
+        ),
+        ("POST", "/v1/chat", "{}", "application/json", 404, "'/v1/chat': /openapi.json names all"),
+        ("PATCH", "/v1/chat/completions", "{}", "application/json", 405, "this route takes POST, not PATCH"),
+    ],
+)
+def test_a_refusal_says_what_was_found_and_what_is_expected(http, method, path, content, kind, status, said):
+    answer = http.request(method, path, content=content, headers={"Content-Type": kind})
+    assert answer.status_code == status
+    assert said in answer.json()["error"]["message"]
+
+
+def test_an_unknown_field_is_not_said_at_length(http):
+    answer = http.post("/v1/chat/completions", json={**CHAT, "x" * 100_000: 1})
+    assert answer.status_code == 400
+    assert len(answer.json()["error"]["message"]) == 2_000
+    assert len(answer.json()["error"]["param"]) == 200
+
+
 def test_while_the_database_is_away_requests_are_told_to_come_back(server, http, monkeypatch):
     body = {"model": "palate", "user": "ann", "messages": [{"role": "user", "content": "hello"}]}
 
@@ -341,6 +383,7 @@ def test_while_the_database_is_away_requests_are_told_to_come_back(server, http,
 def test_health_and_metrics(server, http, client):
     ask(client)
     assert http.get("/healthz").json()["status"] == "ok"
+    assert http.head("/healthz").status_code == 200
     text = http.get("/metrics").text
     assert re.search(r'palate_requests_total\{replica="[^"]+",route="/v1/chat/completions",status="200"\}', text)
     assert "palate_first_token_seconds_count" in text

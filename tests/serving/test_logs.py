@@ -88,6 +88,28 @@ def test_an_answer_that_broke_off_and_a_failure_are_told_apart(lines):
     assert (failed["ended"], failed["status"], failed["level"]) == ("failed", 500, "ERROR")
 
 
+def test_a_client_that_goes_is_no_failure_where_the_server_raises_instead_of_saying_so(lines):
+    """As Ray Serve does for a stream that its client cancelled."""
+
+    async def until_the_client_has_gone(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def gone():
+        raise RuntimeError("this task was cancelled")
+
+    async def send(message):
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    metrics = RequestMetrics()
+    asyncio.run(Counted(until_the_client_has_gone, metrics)(scope, gone, send))
+    (line,) = lines()
+    assert (line["ended"], line["status"], line["level"]) == ("cut", 200, "INFO")
+    assert b'status="500"' not in metrics.render()
+
+
 def test_errors_are_in_their_line():
     try:
         raise ValueError("why")

@@ -82,11 +82,11 @@ def markdown(lines: Sequence[Line], title: str, said: Sequence[str]) -> str:
         [
             f"# {title}",
             "",
+            *[f"- {one}" for one in said],
+            "",
             f"{summary}. Intervals are of single tests, not corrected for their number.",
             "",
             *rows,
-            "",
-            *[f"- {one}" for one in said],
             "",
             "Reports:",
             "",

@@ -6,6 +6,8 @@ from typing import Any
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
+LONGEST = 2_000  # characters of a message, a tenth of them for a name: errors repeat what was sent
+
 
 class ApiError(HTTPException):
     """An error in OpenAI's shape. A kind of FastAPI's own, which passes those through while it reads a body."""
@@ -19,8 +21,10 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        message = _short(message, LONGEST)
         super().__init__(status, message, headers)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.code = status, message, code
+        self.param = None if param is None else _short(param, LONGEST // 10)
 
     def body(self) -> dict[str, Any]:
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -29,6 +33,10 @@ class ApiError(HTTPException):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, headers=self.headers)
+
+
+def _short(said: str, most: int) -> str:
+    return said if len(said) <= most else f"{said[: most - 1]}…"
 
 
 def sent(content: dict[str, Any]) -> str:

@@ -304,6 +304,7 @@ async def no_such_user(rest: str, by: By) -> Response:
     raise ApiError(405, "this method is not for people")
 
 
+@routes.head("/healthz", include_in_schema=False)  # some balancers ask so
 @routes.get("/healthz", responses={503: ERRORS[503]})
 async def health(request: Request) -> Response:
     """200 while the replica can answer."""
@@ -838,17 +839,32 @@ async def _api_error(request: Request, error: Exception) -> Response:
 async def _validation_error(request: Request, error: Exception) -> Response:
     """The first thing that is wrong with a request, by the name of its field."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    found = error.errors()
+    first, value = found[0], found[0].get("input")
+    if first["type"] == "string_type" and isinstance(value, list):  # text or a list of texts: why the list is none
+        first = next((one for one in found if one["loc"][:2] == first["loc"][:2] and one is not first), first)
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    param = ".".join(part for part in place if not part.startswith(("function-", "constrained-"))) or None
+    param = ".".join(part for part in place if not part.startswith(("function-", "constrained-", "list["))) or None
+    message = str(first["msg"])
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is no valid JSON").response()
-    return ApiError(400, f"{param}: {first['msg']}" if param else str(first["msg"]), param=param).response()
+    if first["loc"] == ("body",):
+        message = "a JSON object is expected as the body, with the header 'Content-Type: application/json'"
+    elif first["type"] == "too_long" and isinstance(first["input"], str):
+        message = f"expected at most {first['ctx']['max_length']} characters, found {len(first['input'])}"
+    return ApiError(400, f"{param}: {message}" if param else message, param=param).response()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, AnyHTTPException)
-    return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
+    message, headers = str(error.detail), dict(error.headers or {})
+    if error.status_code == 404:
+        message = f"there is no route {request.url.path[:200]!r}: /openapi.json names all"
+    elif error.status_code == 405:
+        message = f"this route takes {headers.get('Allow', 'another method')}, not {request.method}"
+    elif error.status_code == 400:  # FastAPI's, of a body that breaks its reader
+        message = "the body cannot be read: expected JSON in UTF-8, not compressed and not deeply nested"
+    return ApiError(error.status_code, message, headers=headers).response()
 
 
 async def _database_unavailable(request: Request, error: Exception) -> Response:
@@ -957,6 +973,13 @@ class Counted:
             status = found
             self._metrics.request(getattr(scope.get("route"), "path", "unknown"), found)
 
+        async def received() -> Message:
+            try:
+                return await receive()
+            except Exception as error:  # Ray Serve raises where other servers say so, if its task was ended meanwhile
+                log.debug("the client has gone: %r", error)
+                return {"type": "http.disconnect"}
+
         async def counted(message: Message) -> None:
             nonlocal ended
             if message["type"] == "http.response.start":
@@ -967,7 +990,7 @@ class Counted:
             await send(message)
 
         try:
-            await self._app(scope, receive, counted)
+            await self._app(scope, received, counted)
         except Exception:  # answered with 500 further out
             ended = "failed"
             count(500)

@@ -201,6 +201,7 @@ async def model(model: str, request: Request, by: By) -> dict[str, Any]:
     return _model(_hosted(_service(request), model, by))
 
 
+@routes.head("/healthz", include_in_schema=False)
 @routes.get("/healthz", responses={503: ERRORS[503]})
 async def health(request: Request) -> Response:
     """200 while the replica can draw."""
