@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -112,6 +113,25 @@ def test_the_openai_client_and_both_replicas(served):
     assert httpx.get(f"{url}/v1/models").status_code == 401
     assert "<title>Palate</title>" in httpx.get(f"{url}/").text
     assert http.get("/healthz").json()["status"] == "ok"
+
+
+@pytest.mark.slow
+def test_a_stream_that_its_client_ends_is_no_failure_of_ours(served):
+    """Serve cancels its own task then, at any moment: http.py, ``Counted``."""
+    url, key = served
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as http:
+        for _ in range(24):
+            with http.stream("POST", CHAT, json={**BODY, "max_tokens": 64, "stream": True}) as answer:
+                assert answer.status_code == 200
+                assert next(answer.iter_lines()).startswith("data:")
+        found: dict[str, str] = {}
+        end = time.monotonic() + 60
+        while len(found) < 2 or any(not re.search(r"^palate_running\S* 0", text, re.M) for text in found.values()):
+            assert time.monotonic() < end, found
+            text = http.get("/metrics").text
+            found[re.search(r'replica="([^"]+)"', text).group(1)] = text
+            time.sleep(0.05)
+    assert not [line for text in found.values() for line in text.splitlines() if 'status="500"' in line]
 
 
 @pytest.mark.slow
