@@ -1,10 +1,7 @@
 """``benchmarks/feedback_loop.py``, tiny: both loops go through the store to their tables, and go on where they were."""
 
-import importlib.util
 import json
-import sys
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -17,19 +14,12 @@ from palate.lpo.sampling import SampleConfig
 from palate.lpo.stages import LpoConfig, pipeline
 from palate.lpo.training import ObjectiveConfig, TuneConfig
 from palate.training.parallel import World
-
-ROOT = Path(__file__).resolve().parents[2]
+from scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("feedback_loop", ROOT / "benchmarks" / "feedback_loop.py")
-    assert spec
-    assert spec.loader
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = found  # dataclasses look their module up
-    spec.loader.exec_module(found)
-    return found
+    return load_script("benchmarks/feedback_loop.py")
 
 
 def test_edited_answers_are_fitted_as_the_server_fits_them(benchmark, tmp_path, capsys):

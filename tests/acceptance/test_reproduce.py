@@ -1,6 +1,5 @@
 """``jobs/reproduce.py``: which verdicts its arms allow, and all of it at its smallest size, up to the report."""
 
-import importlib.util
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from palate.evaluation import images, report
 from palate.evaluation.statistics import Scores
 from palate.evaluation.systems import comparisons
 from palate.unihetero.sweep import Task, tasks
+from scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 VERDICTS = ("supported", "refuted", "undecided")
@@ -24,13 +24,7 @@ VERDICTS = ("supported", "refuted", "undecided")
 
 @pytest.fixture(scope="module")
 def job() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reproduce_job", ROOT / "jobs" / "reproduce.py")
-    assert spec
-    assert spec.loader
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = found  # dataclasses look their module up
-    spec.loader.exec_module(found)
-    return found
+    return load_script("jobs/reproduce.py")
 
 
 # What an arm gains on the baseline, at the smallest size and at the largest: all that a claim asks for, or against it.

@@ -1,7 +1,6 @@
 """The loop for images: rankings over HTTP become lists, and a generator is tuned on them."""
 
 import base64
-import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from palate.training.parallel import World
 from palate.users.images import png_of
 from palate.users.keys import create_key
 from palate.users.preparation import FeedbackConfig, prepare
+from scripts import load_script
 from toy_images import settings
 
 CAPTIONS = ("a small red circle on black", "a large blue square", "the red square", "a blue circle on black")
@@ -186,9 +186,7 @@ def test_a_generator_is_tuned_on_the_rankings_and_a_newcomer_gets_a_vector(tmp_p
 
 @pytest.mark.usefixtures("ranked")
 def test_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = importlib.util.spec_from_file_location("prepare_job", ROOT / "jobs" / "prepare.py")
-    job = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(job)
+    job = load_script("jobs/prepare.py")
     where = ["--database", f"sqlite:///{tmp_path}/palate.db", "--images", f"{tmp_path}/feedback", "--tenant", "acme"]
     given = ["prepare.py", "feedback", *where, "--group-by", "caption-user", "--out", str(tmp_path / "made")]
     monkeypatch.setattr(sys, "argv", given)
