@@ -1,0 +1,233 @@
+"""Faults injected into the three pipelines on a cluster of Ray whose nodes come and go.
+
+The promises are those of ``test_processes.py``. Random moments and places are drawn from a seed, which is printed.
+"""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from cut_uploads import Proxy
+from faulted import SEED, Driver, Kept, Run, bytes_below, fill, small_disk, steps_beyond
+from palate import artifacts
+from recoveries import record, wait_for
+from strikes import POINTS, Strike, done_again
+from toy_cluster import free_ports
+from toy_nodes import Nodes, command_line, ray_nodes
+from toy_pipelines import LPO, PIPELINES, TWO_RANKS, UNIHETERO, Pipeline, contents, last_step, outcome
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
+each_pipeline = pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda pipeline: pipeline.name)
+FAULTS = ("Train worker killed", "node lost, another added", "driver killed, started again")
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """One cluster for all: a head without work on it, and two nodes that may be lost."""
+    with ray_nodes() as started:
+        yield started
+
+
+def stopped(strike: Strike) -> int:
+    """The process that waits where the strike says."""
+    return strike.announced()["pid"]
+
+
+def kill(pid: int) -> None:
+    """SIGKILL, and the process must be gone."""
+    os.kill(pid, signal.SIGKILL)
+    wait_for_end(pid)
+
+
+def lose_node_of(pid: int, nodes: Nodes) -> None:
+    """The node goes that a process is on, and the process with it; another node comes."""
+    assert nodes.end(pid) == 1
+    wait_for_end(pid)
+    assert nodes.add() == 2
+
+
+def wait_for_end(pid: int) -> None:
+    wait_for(lambda: not command_line(pid), f"the end of process {pid}", lambda: None, 60)
+
+
+def train_on_two_ranks(job: list[str], folder: Path) -> None:
+    """The job as torchrun would start it, in two forked processes."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": "2"}
+    with ExitStack() as stack:
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        runs = [Run(job, folder / f"rank-{rank['RANK']}.txt", **place, **rank) for rank in ranks]
+        for run in runs:
+            stack.enter_context(run)
+        for run in runs:
+            assert run.wait() == 0, run.words()
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "at_a_save"),
+    [(one, FAULTS[(place + SEED) % 3]) for place, one in enumerate(PIPELINES)],
+    ids=[one.name for one in PIPELINES],
+)
+def test_a_worker_a_node_and_the_driver_are_lost_in_one_training(
+    pipeline: Pipeline, at_a_save: str, inputs: Path, nodes: Nodes, tmp_path: Path, chance: random.Random
+) -> None:
+    """Two ranks on two nodes; against two ranks that nothing happened to, which need no cluster.
+
+    One of the three comes in the middle of a checkpoint's write, for each pipeline another.
+    """
+    expected, out = tmp_path / "whole", tmp_path / "run"
+    train_on_two_ranks(pipeline.job(inputs, expected, "--launcher", "torchrun"), tmp_path)
+    log, kept = out / pipeline.log, Kept(out)
+    now = tmp_path / "now"
+    save = Strike(str(tmp_path / "save"), chance.randint(1, 2), point=chance.choice(POINTS), after=str(now))
+
+    def victim(fault: str, driver: Driver) -> int:
+        """The worker that a fault is for, once its moment has come."""
+        step = last_step(log) + chance.randint(2, pipeline.steps // 8)
+        wait_for(lambda: last_step(log) >= step, f"step {step}", driver.ended)
+        if fault == at_a_save:
+            now.touch()
+            wait_for(save.reached, "the strike in a checkpoint", driver.ended)
+            return stopped(save)
+        found = nodes.workers("ray::RayTrainWorker")
+        assert len(found) == 2, found
+        return chance.choice(found)
+
+    def struck(fault: str) -> str:
+        return fault + (" in a checkpoint" if fault == at_a_save else "")
+
+    def strike(fault: str, act: Callable[[int], object], driver: Driver) -> None:
+        pid = victim(fault, driver)
+        assert not artifacts.exists(out / pipeline.last), "the run ended before its fault"
+        began = time.monotonic()
+        act(pid)
+        goes_on = steps_beyond(pipeline, out)
+        kept.check()
+        wait_for(goes_on, f"progress after: {struck(fault)}", driver.ended)
+        record(struck(fault), pipeline.name, time.monotonic() - began)
+
+    job = pipeline.job(inputs, out, *TWO_RANKS)
+    with Driver(nodes, job, tmp_path / "run.txt", save) as driver:
+        strike("Train worker killed", kill, driver)
+        strike("node lost, another added", partial(lose_node_of, nodes=nodes), driver)
+        victim("driver killed, started again", driver)
+        driver.kill()
+    wait_for(lambda: not nodes.workers("ray::RayTrainWorker"), "the end of its workers", lambda: None, 60)
+    kept.check()
+    goes_on = steps_beyond(pipeline, out)
+    with Driver(nodes, job, tmp_path / "run.txt") as driver:
+        seconds = wait_for(goes_on, "progress", driver.ended)
+        record(struck("driver killed, started again"), pipeline.name, seconds)
+        assert driver.process.wait(300) == 0, driver.words()
+    kept.check()
+    assert save.reached()
+    assert outcome(pipeline, out) == outcome(pipeline, expected)
+
+
+@each_pipeline
+def test_tasks_of_a_preparation_lose_their_driver_their_worker_and_their_node(
+    pipeline: Pipeline, inputs: Path, nodes: Nodes, tmp_path: Path, chance: random.Random
+) -> None:
+    """Each in the middle of another task, before a random one of its file operations."""
+    expected, out = tmp_path / "whole", tmp_path / "out"
+    with Run(pipeline.prepare(inputs, expected), tmp_path / "whole.txt") as run:
+        assert run.wait() == 0, run.words()
+    strikes = under_driver, in_worker, on_node = [
+        Strike(str(tmp_path / f"strike-{place}"), chance.randint(1, 8), label=label, task=task, folder=str(out))
+        for place, (label, task) in enumerate(pipeline.tasks)
+    ]
+    kept, job = Kept(out), pipeline.prepare(inputs, out, "--launcher", "ray")
+
+    def goes_on(fault: str, after: Strike, following: Strike | None, began: float, driver: Driver) -> None:
+        """Wait until the task is done after all, or one that came later is under way."""
+        kept.check()
+        signs = [done_again(after), *([Path(following.marker)] if following else [])]
+        wait_for(lambda: any(sign.exists() for sign in signs), f"the task after: {fault}", driver.ended)
+        record(fault, pipeline.name, min(sign.stat().st_mtime for sign in signs if sign.exists()) - began)
+
+    with Driver(nodes, job, tmp_path / "run.txt", *strikes) as driver:
+        wait_for(under_driver.reached, "the first place", driver.ended)
+        driver.kill()
+    wait_for_end(stopped(under_driver))
+    began = time.time()
+    with Driver(nodes, job, tmp_path / "run.txt", *strikes) as driver:
+        goes_on("driver killed in a task, started again", under_driver, in_worker, began, driver)
+        wait_for(in_worker.reached, "the second place", driver.ended)
+        began = time.time()
+        kill(stopped(in_worker))
+        goes_on("Data worker killed in a task", in_worker, on_node, began, driver)
+        wait_for(on_node.reached, "the third place", driver.ended)
+        began = time.time()
+        lose_node_of(stopped(on_node), nodes)
+        goes_on("node lost in a task, another added", on_node, None, began, driver)
+        assert driver.process.wait(300) == 0, driver.words()
+    assert all(done_again(strike).exists() for strike in strikes)
+    kept.check()
+    assert contents(out) == contents(expected)
+
+
+@pytest.mark.long
+def test_the_disk_is_full_under_ray(inputs: Path, nodes: Nodes, tmp_path: Path, chance: random.Random) -> None:
+    """The group starts again three times, in vain; then the job says so in one line. It goes on when there is room."""
+    pipeline, expected = LPO, tmp_path / "whole"
+    train_on_two_ranks(pipeline.job(inputs, expected, "--launcher", "torchrun"), tmp_path)
+    needed = bytes_below(expected)
+    with small_disk(tmp_path / "disk", 4 * needed + (16 << 20)) as disk:
+        out, ballast = disk / "run", disk / "ballast"
+        job, kept, words = pipeline.job(inputs, out, *TWO_RANKS), Kept(out), tmp_path / "full.txt"
+        with Driver(nodes, job, words) as driver:
+            step = chance.randint(3, pipeline.steps // 2)
+            wait_for(lambda: last_step(out / pipeline.log) >= step, f"step {step}", driver.ended)
+            fill(disk, ballast)
+            assert driver.process.wait(400) == 1, driver.words()
+        assert words.read_text().splitlines()[-1].endswith("No space left on device"), words.read_text()[-3000:]
+        kept.check()
+        ballast.unlink()
+        goes_on = steps_beyond(pipeline, out)
+        with Driver(nodes, job, tmp_path / "run.txt") as driver:
+            seconds = wait_for(goes_on, "progress", driver.ended)
+            record("disk full under Ray, room made, started again", pipeline.name, seconds)
+            assert driver.process.wait(300) == 0, driver.words()
+        kept.check()
+        assert outcome(pipeline, out) == outcome(pipeline, expected)
+
+
+@pytest.mark.long
+def test_storage_is_away_under_ray(
+    inputs: Path, s3_url: str, s3_endpoint: str, tmp_path: Path, chance: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on object storage: a node goes, then the storage; the next run begins at the last checkpoint there."""
+    pipeline, expected, out = UNIHETERO, tmp_path / "whole", f"{s3_url}/run"
+    train_on_two_ranks(pipeline.job(inputs, expected, "--launcher", "torchrun"), tmp_path)
+    job, kept, words = pipeline.job(inputs, out, *TWO_RANKS), Kept(out), tmp_path / "away.txt"
+    log = f"{out}/{pipeline.log}"
+    with Proxy(s3_endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        with ray_nodes() as nodes:  # whose processes know the proxy
+            monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)  # for what this process reads
+            with Driver(nodes, job, words) as driver:
+                wait_for(lambda: last_step(log) >= 5, "a checkpoint", driver.ended)
+                goes_on = steps_beyond(pipeline, out)
+                lose_node_of(chance.choice(nodes.workers("ray::RayTrainWorker")), nodes)
+                seconds = wait_for(goes_on, "progress", driver.ended)
+                record("node lost, on object storage", pipeline.name, seconds)
+                proxy.break_upload(chance.randint(1, 3), "refuse")
+                assert driver.process.wait(400) == 1, driver.words()
+            assert proxy.refused >= 1
+            last = words.read_text().splitlines()[-1]
+            assert last.startswith(f"{pipeline.name}: object storage failed: "), last
+            kept.check()
+            proxy.heal()
+            goes_on = steps_beyond(pipeline, out)
+            with Driver(nodes, job, tmp_path / "run.txt") as driver:
+                seconds = wait_for(goes_on, "progress", driver.ended)
+                record("storage away under Ray, started again", pipeline.name, seconds)
+                assert driver.process.wait(300) == 0, driver.words()
+    kept.check()
+    assert outcome(pipeline, out) == outcome(pipeline, expected)
