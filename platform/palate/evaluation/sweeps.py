@@ -150,6 +150,8 @@ def _plot(points: Sequence[Point], winner: Point, metric: Metric, budget: str) -
         _lines(axes, [(point, point.to_best) for point in compared if point.to_best], winner, budget)
         axes.set_ylabel(f"{metric.name}, less the chosen one's, paired")
         axes.axhline(0, color="black", lw=0.8)
+    # Outside, where it covers no interval; one for both, which show the same lines.
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
     return figure
 
 
@@ -183,7 +185,6 @@ def _lines(axes: Any, shown: Sequence[tuple[Point, Estimate]], winner: Point, bu
     axes.set_xticks(range(len(ticks)), [f"{value:g}" if isinstance(value, float) else str(value) for value in ticks])
     axes.set_xlabel(axis)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
 
 
 def _shown(estimate: Estimate, mark: bool = False) -> str:
