@@ -4,8 +4,9 @@
 
 Starts a Ray of its own with a token of its own, two replicas of serve/text.py over a tiny run, and Locust's users
 (serve_faults_users.py) in a process of theirs: answers streamed and whole, for people and for nobody, histories,
-feedback, looks at people and models, and OpenAI's client as it comes. Then faults, one after another, each when service
-has been whole for a while:
+feedback, looks at people and models, and OpenAI's client as it comes. With --server images it is serve/images.py over a
+tiny diffusion model, and images, streamed and whole, rankings and OpenAI's client (serve_faults_image_users.py). Then
+faults, one after another, each when service has been whole for a while:
 
     kill      SIGKILL to a replica
     settings  another setting in the config, put as `serve deploy` does: all replicas are replaced, one by one
@@ -52,8 +53,9 @@ from palate.users.store import open_store
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ("first", "second")
+RANKED = "ranked"
 PERSON = {"texts": [{"input": f"Describe thing {n}.", "output": f"Well!!! thing {n} is grand."} for n in range(6)]}
-ANSWERS = ("chat", "stream")  # alike in length, so that one quantile is of both
+ANSWERS = ("chat", "stream", "image", "image stream")  # of a server alike in length, so that one quantile is of both
 START_SECONDS = 300.0
 RECOVERY_SECONDS = 300.0
 # docs/serving.md: the proxy's own answers for a replica that has died, and another proxy soon; without them, as Ray is.
@@ -71,6 +73,8 @@ class FaultsBenchmark:
     """Where the figures go."""
     minutes: float = 2.0
     """Of load; longer only if not all of --faults have had a turn."""
+    server: Literal["text", "images"] = "text"
+    """What is served; images have no run to promote, so their --faults must not name it."""
     faults: tuple[Literal["kill", "settings", "run", "proxy"], ...] = ("kill", "kill", "settings", "run")
     """In turns, while there is time for another."""
     users: int = 10
@@ -85,6 +89,10 @@ class FaultsBenchmark:
     """Which replica is killed."""
     plain: bool = False
     """Leave Serve's proxy as Ray has it, without palate.serving.proxy and with Ray's health checks."""
+
+    def __post_init__(self) -> None:
+        if self.server == "images" and "run" in self.faults:
+            raise ValueError("--server images promotes no runs: choose --faults among kill, settings and proxy")
 
 
 @dataclass(frozen=True)
@@ -119,26 +127,27 @@ class Request:
 class Cluster:
     """Ray Serve through its dashboard's API, as `serve deploy` and `serve status` use it."""
 
-    def __init__(self, dashboard: str, token: str, port: int, args: dict[str, Any]) -> None:
+    def __init__(self, dashboard: str, token: str, port: int, server: str, args: dict[str, Any]) -> None:
         headers = {"Authorization": f"Bearer {token}"}
         self._http = httpx.Client(base_url=dashboard, headers=headers, timeout=60, trust_env=False)
-        self._port, self._args = port, args
+        self._port, self._server, self._args = port, server, args
         self.url = f"http://127.0.0.1:{port}"
 
     def deploy(self, **changes: Any) -> None:
         """Put the config, with these settings changed."""
         self._args |= changes
-        application = {"name": "text", "route_prefix": "/", "import_path": "serve.text:app", "args": self._args}
+        application = {"name": "faults", "route_prefix": "/", "args": self._args}
+        application["import_path"] = f"serve.{self._server}:app"
         http = {"host": "127.0.0.1", "port": self._port}
         config = {"proxy_location": "HeadOnly", "http_options": http, "applications": [application]}
         self._http.put("/api/serve/applications/", json=config).raise_for_status()
 
     def replicas(self) -> set[int]:
         """Process ids of the replicas that Serve says are running."""
-        found = self._http.get("/api/serve/applications/").raise_for_status().json()["applications"].get("text", {})
+        found = self._http.get("/api/serve/applications/").raise_for_status().json()["applications"].get("faults", {})
         if found.get("status") == "DEPLOY_FAILED":
             raise RuntimeError(f"Serve cannot deploy the application: {found['message']}")
-        deployment = found.get("deployments", {}).get("text", {})
+        deployment = found.get("deployments", {}).get(self._server, {})
         return {one["pid"] for one in deployment.get("replicas", []) if one["state"] == "RUNNING"}
 
     def proxy(self) -> int | None:
@@ -180,10 +189,8 @@ class Cluster:
 @contextmanager
 def serving(config: FaultsBenchmark, folder: Path) -> Iterator[tuple[Cluster, str]]:
     """Ray, Serve and the replicas; the cluster and a key."""
-    corpus = personas.prepare(personas.PersonasConfig(out=str(folder / "corpus"), people=8, items=8, questions=1))
-    for seed, name in enumerate(RUNS if "run" in config.faults else RUNS[:1]):
-        make_run(str(folder / name), corpus.url, seed)
     database = f"sqlite:///{folder}/palate.db"
+    served = (text_settings if config.server == "text" else image_settings)(config, folder)
     with open_store(database) as store:
         key = create_key(store, "acme", "benchmark")
     token = secrets.token_hex(32)
@@ -211,15 +218,26 @@ def serving(config: FaultsBenchmark, folder: Path) -> Iterator[tuple[Cluster, st
         log_to_driver=False,
     )
     try:
-        args = {"database": database, "run": str(folder / RUNS[0]), "slots": 4, "max_length": 400, "threads": 1}
-        cluster = Cluster(
-            f"http://127.0.0.1:{dashboard}", token, http, {**args, "replicas": config.replicas, "max_waiting": 64}
-        )
+        args = {**served, "database": database, "threads": 1, "replicas": config.replicas, "max_waiting": 64}
+        cluster = Cluster(f"http://127.0.0.1:{dashboard}", token, http, config.server, args)
         cluster.deploy()
         cluster.wait(config.replicas, seconds=START_SECONDS)
         yield cluster, key
     finally:
         ray.shutdown()
+
+
+def text_settings(config: FaultsBenchmark, folder: Path) -> dict[str, Any]:
+    """What serve/text.py is told, once the runs are made."""
+    corpus = personas.prepare(personas.PersonasConfig(out=str(folder / "corpus"), people=8, items=8, questions=1))
+    for seed, name in enumerate(RUNS if "run" in config.faults else RUNS[:1]):
+        make_run(str(folder / name), corpus.url, seed)
+    return {"run": str(folder / RUNS[0]), "slots": 4, "max_length": 400}
+
+
+def image_settings(config: FaultsBenchmark, folder: Path) -> dict[str, Any]:
+    """What serve/images.py is told: a built-in model whose images take a second or so."""
+    return {"models": {"shapes": {"base": "shapes", "steps": 20, "guidance": 2.0}}, "feedback": str(folder / RANKED)}
 
 
 def make_run(out: str, corpus: str, seed: int) -> None:
@@ -249,7 +267,8 @@ def load(config: FaultsBenchmark, cluster: Cluster, key: str, log: Path) -> Iter
     """Locust in a process of its own, because it exchanges Python's sockets for its own. Its users end what they are at
     before it ends."""
     command = [sys.executable, "-m", "locust", "--headless", "--only-summary", "--loglevel", "WARNING"]
-    command += ["--locustfile", str(ROOT / "benchmarks" / "serve_faults_users.py"), "--host", cluster.url]
+    users = "serve_faults_users.py" if config.server == "text" else "serve_faults_image_users.py"
+    command += ["--locustfile", str(ROOT / "benchmarks" / users), "--host", cluster.url]
     command += ["--users", str(config.users), "--spawn-rate", str(config.users), "--exit-code-on-error", "0"]
     command += ["--stop-timeout", "190"]  # three tries of OpenAI's client, so that every request ends and is noted
     environment = {**os.environ, "FAULTS_KEY": key, "FAULTS_LOG": str(log), "FAULTS_PACE": str(config.pace)}
@@ -307,6 +326,19 @@ def go_live(name: str, cluster: Cluster, key: str, folder: Path, add: bool) -> N
         answer = httpx.get(f"{cluster.url}/v1/models/palate", headers=headers, timeout=60)
         seen = seen + 1 if answer.status_code == 200 and answer.json()["run"] == name else 0
         time.sleep(0.1)
+
+
+def lost_rankings(requests: Sequence[Request], database: str, ranked: Path) -> list[str]:
+    """Prompts of rankings that were answered for and are not in the database once, with their images in the folder,
+    or are there without having been sent."""
+    sent = {one.text: one for one in requests if one.kind == "ranking"}
+    with open_store(database) as store:
+        found = store.rankings("acme", limit=100_000)
+    whole = Counter(
+        one.prompt for one in found if all((ranked / "acme" / f"{image}.png").is_file() for image in one.images)
+    )
+    lost = [text for text, one in sent.items() if one.outcome == "answered" and whole[text] != 1]
+    return lost + sorted({one.prompt for one in found} - sent.keys())
 
 
 def lost_writes(requests: Sequence[Request], database: str) -> list[str]:
@@ -378,7 +410,7 @@ def run(config: FaultsBenchmark) -> dict[str, Any]:
         folder, log = Path(name), Path(name) / "requests.jsonl"
         with serving(config, folder) as (cluster, key):
             headers = {"Authorization": f"Bearer {key}"}
-            for person in ("ann", "bob", "eve"):
+            for person in ("ann", "bob", "eve") if config.server == "text" else ():
                 url = f"{cluster.url}/v1/users/{person}?wait=true"
                 httpx.put(url, json=PERSON, headers=headers, timeout=120).raise_for_status()
             with load(config, cluster, key, log) as users:
@@ -391,7 +423,11 @@ def run(config: FaultsBenchmark) -> dict[str, Any]:
                 faults = list(inject(config, cluster, key, folder, until))
                 time.sleep(max(0.0, until - time.time()))
         requests = [Request(**json.loads(line)) for line in log.read_text().splitlines()]
-        lost = lost_writes(requests, f"sqlite:///{folder}/palate.db")
+        database = f"sqlite:///{folder}/palate.db"
+        if config.server == "text":
+            lost = lost_writes(requests, database)
+        else:
+            lost = lost_rankings(requests, database, folder / RANKED)
     return {"config": configs.to_dict(config), **judge(faults, requests), "lost_writes": lost}
 
 
