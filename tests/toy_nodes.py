@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from toy_cluster import end_all
+from toy_cluster import ATTEMPTS, end_all
 
 TESTS = Path(__file__).resolve().parent
 
@@ -71,11 +71,9 @@ def ray_nodes() -> Iterator[Nodes]:
             "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "platform")]),
         }
         environment.pop("RAY_ADDRESS", None)
-        process = subprocess.Popen(
-            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        process, nodes = _start(environment, temporary)
         try:
-            yield Nodes(process, environment)
+            yield nodes
         finally:
             # Agents of nodes write their title over the environment that the others are known by.
             agents = [pid for pid in descendants(process.pid) if command_line(pid).startswith("ray::")]
@@ -84,6 +82,22 @@ def ray_nodes() -> Iterator[Nodes]:
             for pid in agents:
                 if command_line(pid).startswith("ray::"):
                     os.kill(pid, signal.SIGKILL)
+
+
+def _start(environment: dict[str, str], folder: str) -> tuple[subprocess.Popen, Nodes]:
+    """The program, once its nodes are there, at the last of some attempts."""
+    for attempt in range(ATTEMPTS):
+        process = subprocess.Popen(
+            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            return process, Nodes(process, environment)
+        except AssertionError:
+            end_all(folder)
+            process.wait(60)
+            if attempt == ATTEMPTS - 1:
+                raise
+    raise AssertionError
 
 
 def descendants(pid: int) -> list[int]:
