@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from palate import artifacts
 from palate.distributed.launch import launch
 from palate.distributed.tuning import SearchConfig, concurrency, search
 from palate.training.parallel import World
@@ -36,13 +37,13 @@ def measure_but_two(folder: str, values, budget: int) -> dict[str, float]:
     return measure(folder, values, budget)
 
 
-def sweep(folder: Path, grid=GRID, budgets=(1, 2), measuring=measure, config=ONE, **options):
+def sweep(folder: Path, grid=GRID, budgets=(1, 2), measuring=measure, config=ONE, out=None, **options):
     return search(
         partial(train, str(folder)),
         partial(measuring, str(folder)),
         grid,
         budgets,
-        out=str(folder / "out"),
+        out=out or str(folder / "out"),
         metric="score",
         higher_is_better=True,
         config=config,
@@ -67,10 +68,12 @@ def test_sweeps_that_cannot_be_are_refused_before_ray_starts(tmp_path):
             sweep(tmp_path, grid, budgets)
 
 
-def plotted(folder: Path) -> set[tuple[int, int, float]]:
-    """What TensorBoard reads of a sweep's trials: value, budget and score."""
+def plotted(out: str, folder: Path) -> set[tuple[int, int, float]]:
+    """What TensorBoard reads of a sweep's trials, copied from where it is: value, budget and score."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    filesystem, root = artifacts.locate(out)
+    filesystem.get(f"{root}/", f"{folder}/", recursive=True)
     found = set()
     for path in folder.rglob("events.out.tfevents.*"):
         read = EventAccumulator(str(path)).Reload()
@@ -80,12 +83,14 @@ def plotted(folder: Path) -> set[tuple[int, int, float]]:
     return found
 
 
-def test_the_worse_end_early_and_the_same_command_does_nothing_again(tmp_path, ray_cluster, capsys):
-    found, failed = sweep(tmp_path)
+def test_the_worse_end_early_and_the_same_command_does_nothing_again(tmp_path, any_url, ray_cluster, capsys):
+    out = f"{any_url}/out"
+    found, failed = sweep(tmp_path, out=out)
     assert not failed
     said = capsys.readouterr().out
-    assert f"watch: tensorboard --logdir {tmp_path / 'out'}\n" in said
-    assert plotted(tmp_path / "out") == {(one.values["x"], one.budget, round(one.figures["score"], 3)) for one in found}
+    assert f"watch: tensorboard --logdir {out}\n" in said
+    shown = {(one.values["x"], one.budget, round(one.figures["score"], 3)) for one in found}
+    assert plotted(out, tmp_path / "copy") == shown
     reached = {one.values["x"]: 0 for one in found}
     for one in found:
         reached[one.values["x"]] = max(reached[one.values["x"]], one.budget)
@@ -97,7 +102,7 @@ def test_the_worse_end_early_and_the_same_command_does_nothing_again(tmp_path, r
     assert made == {f"{one.values['x']}-{one.budget}" for one in found}
     for path in tmp_path.glob("?-?"):
         path.unlink()
-    again, _ = sweep(tmp_path)
+    again, _ = sweep(tmp_path, out=out)
     assert [(one.values, one.budget, one.figures) for one in again] == [
         (one.values, one.budget, one.figures) for one in found
     ]
