@@ -173,6 +173,7 @@ def test_tasks_of_a_preparation_lose_their_driver_their_worker_and_their_node(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_the_disk_is_full_under_ray(inputs: Path, nodes: Nodes, tmp_path: Path, chance: random.Random) -> None:
     """The group starts again three times, in vain; then the job says so in one line. It goes on when there is room."""
     pipeline, expected = LPO, tmp_path / "whole"
@@ -185,7 +186,7 @@ def test_the_disk_is_full_under_ray(inputs: Path, nodes: Nodes, tmp_path: Path, 
             step = chance.randint(3, pipeline.steps // 2)
             wait_for(lambda: last_step(out / pipeline.log) >= step, f"step {step}", driver.ended)
             fill(disk, ballast)
-            assert driver.process.wait(400) == 1, driver.words()
+            assert driver.process.wait(900) == 1, driver.words()
         assert words.read_text().splitlines()[-1].endswith("No space left on device"), words.read_text()[-3000:]
         kept.check()
         ballast.unlink()
@@ -199,6 +200,7 @@ def test_the_disk_is_full_under_ray(inputs: Path, nodes: Nodes, tmp_path: Path, 
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_storage_is_away_under_ray(
     inputs: Path, s3_url: str, s3_endpoint: str, tmp_path: Path, chance: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,7 +220,7 @@ def test_storage_is_away_under_ray(
                 seconds = wait_for(goes_on, "progress", driver.ended)
                 record("node lost, on object storage", pipeline.name, seconds)
                 proxy.break_upload(chance.randint(1, 3), "refuse")
-                assert driver.process.wait(400) == 1, driver.words()
+                assert driver.process.wait(900) == 1, driver.words()
             assert proxy.refused >= 1
             last = words.read_text().splitlines()[-1]
             assert last.startswith(f"{pipeline.name}: object storage failed: "), last
