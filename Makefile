@@ -27,7 +27,7 @@ test: $(STAMP)
 
 # Commands of Ray look for a cluster on the machine and refuse when they find two, so these run one after another.
 WITH_RAY := tests/distributed tests/tune tests/acceptance tests/test_cluster.py tests/test_layout.py
-FAULTS_WITH_RAY := tests/chaos/test_nodes.py tests/chaos/test_serve.py
+FAULTS_WITH_RAY := tests/chaos/test_nodes.py tests/chaos/test_nodes_on_storage.py tests/chaos/test_serve.py
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow --durations=20 $(WITH_RAY)

@@ -100,7 +100,7 @@ SIZES = {
         samples=8192,
         arms=ARMS[:5],
         seeds=3,
-        about="hours of two cores, by the single experiments' times; not run as a whole yet",
+        about="measured once as a whole: docs/results/reproduction.md",
     ),
     "full": Size(
         model="smollm2",

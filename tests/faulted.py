@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import pytest
 
 import struck
 from palate import artifacts
+from recoveries import wait_for
 from strikes import Strike
-from toy_nodes import Nodes
+from toy_cluster import free_ports
+from toy_nodes import Nodes, command_line
 from toy_pipelines import Pipeline, committed, last_step, newest, stages
 
 SEED = int(os.environ.get("PALATE_CHAOS_SEED", "0"))
@@ -143,3 +145,37 @@ def fill(disk: Path, ballast: Path, leave: int = 0) -> None:
     status = os.statvfs(disk)
     with ballast.open("wb") as stream:
         os.posix_fallocate(stream.fileno(), 0, status.f_bavail * status.f_frsize - leave)
+
+
+def stopped(strike: Strike) -> int:
+    """The process that waits where the strike says."""
+    return strike.announced()["pid"]
+
+
+def kill(pid: int) -> None:
+    """SIGKILL, and the process must be gone."""
+    os.kill(pid, signal.SIGKILL)
+    wait_for_end(pid)
+
+
+def lose_node_of(pid: int, nodes: Nodes) -> None:
+    """The node goes that a process is on, and the process with it; another node comes."""
+    assert nodes.end(pid) == 1
+    wait_for_end(pid)
+    assert nodes.add() == 2
+
+
+def wait_for_end(pid: int) -> None:
+    wait_for(lambda: not command_line(pid), f"the end of process {pid}", lambda: None, 60)
+
+
+def train_on_two_ranks(job: list[str], folder: Path) -> None:
+    """The job as torchrun would start it, in two forked processes."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": "2"}
+    with ExitStack() as stack:
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        runs = [Run(job, folder / f"rank-{rank['RANK']}.txt", **place, **rank) for rank in ranks]
+        for run in runs:
+            stack.enter_context(run)
+        for run in runs:
+            assert run.wait() == 0, run.words()

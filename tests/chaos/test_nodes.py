@@ -3,25 +3,34 @@
 The promises are those of ``test_processes.py``. Random moments and places are drawn from a seed, which is printed.
 """
 
-import os
 import random
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from cut_uploads import Proxy
-from faulted import SEED, Driver, Kept, Run, bytes_below, fill, small_disk, steps_beyond
+from faulted import (
+    SEED,
+    Driver,
+    Kept,
+    Run,
+    bytes_below,
+    fill,
+    kill,
+    lose_node_of,
+    small_disk,
+    steps_beyond,
+    stopped,
+    train_on_two_ranks,
+    wait_for_end,
+)
 from palate import artifacts
 from recoveries import record, wait_for
 from strikes import POINTS, Strike, done_again
-from toy_cluster import free_ports
-from toy_nodes import Nodes, command_line, ray_nodes
-from toy_pipelines import LPO, PIPELINES, TWO_RANKS, UNIHETERO, Pipeline, contents, last_step, outcome
+from toy_nodes import Nodes, ray_nodes
+from toy_pipelines import LPO, PIPELINES, TWO_RANKS, Pipeline, contents, last_step, outcome
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 each_pipeline = pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda pipeline: pipeline.name)
@@ -33,40 +42,6 @@ def nodes() -> Iterator[Nodes]:
     """One cluster for all: a head without work on it, and two nodes that may be lost."""
     with ray_nodes() as started:
         yield started
-
-
-def stopped(strike: Strike) -> int:
-    """The process that waits where the strike says."""
-    return strike.announced()["pid"]
-
-
-def kill(pid: int) -> None:
-    """SIGKILL, and the process must be gone."""
-    os.kill(pid, signal.SIGKILL)
-    wait_for_end(pid)
-
-
-def lose_node_of(pid: int, nodes: Nodes) -> None:
-    """The node goes that a process is on, and the process with it; another node comes."""
-    assert nodes.end(pid) == 1
-    wait_for_end(pid)
-    assert nodes.add() == 2
-
-
-def wait_for_end(pid: int) -> None:
-    wait_for(lambda: not command_line(pid), f"the end of process {pid}", lambda: None, 60)
-
-
-def train_on_two_ranks(job: list[str], folder: Path) -> None:
-    """The job as torchrun would start it, in two forked processes."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": "2"}
-    with ExitStack() as stack:
-        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-        runs = [Run(job, folder / f"rank-{rank['RANK']}.txt", **place, **rank) for rank in ranks]
-        for run in runs:
-            stack.enter_context(run)
-        for run in runs:
-            assert run.wait() == 0, run.words()
 
 
 @pytest.mark.parametrize(
@@ -197,39 +172,3 @@ def test_the_disk_is_full_under_ray(inputs: Path, nodes: Nodes, tmp_path: Path, 
             assert driver.process.wait(300) == 0, driver.words()
         kept.check()
         assert outcome(pipeline, out) == outcome(pipeline, expected)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(1800)
-def test_storage_is_away_under_ray(
-    inputs: Path, s3_url: str, s3_endpoint: str, tmp_path: Path, chance: random.Random, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run on object storage: a node goes, then the storage; the next run begins at the last checkpoint there."""
-    pipeline, expected, out = UNIHETERO, tmp_path / "whole", f"{s3_url}/run"
-    train_on_two_ranks(pipeline.job(inputs, expected, "--launcher", "torchrun"), tmp_path)
-    job, kept, words = pipeline.job(inputs, out, *TWO_RANKS), Kept(out), tmp_path / "away.txt"
-    log = f"{out}/{pipeline.log}"
-    with Proxy(s3_endpoint) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        with ray_nodes() as nodes:  # whose processes know the proxy
-            monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)  # for what this process reads
-            with Driver(nodes, job, words) as driver:
-                wait_for(lambda: last_step(log) >= 5, "a checkpoint", driver.ended)
-                goes_on = steps_beyond(pipeline, out)
-                lose_node_of(chance.choice(nodes.workers("ray::RayTrainWorker")), nodes)
-                seconds = wait_for(goes_on, "progress", driver.ended)
-                record("node lost, on object storage", pipeline.name, seconds)
-                proxy.break_upload(chance.randint(1, 3), "refuse")
-                assert driver.process.wait(900) == 1, driver.words()
-            assert proxy.refused >= 1
-            last = words.read_text().splitlines()[-1]
-            assert last.startswith(f"{pipeline.name}: object storage failed: "), last
-            kept.check()
-            proxy.heal()
-            goes_on = steps_beyond(pipeline, out)
-            with Driver(nodes, job, tmp_path / "run.txt") as driver:
-                seconds = wait_for(goes_on, "progress", driver.ended)
-                record("storage away under Ray, started again", pipeline.name, seconds)
-                assert driver.process.wait(300) == 0, driver.words()
-    kept.check()
-    assert outcome(pipeline, out) == outcome(pipeline, expected)
