@@ -320,10 +320,13 @@ def server(folder: Path, settings: Mapping[str, object]) -> Iterator[str]:
     log, url = folder / "serve.log", f"http://127.0.0.1:{port}"
     command = [str(Path(sys.executable).parent / "serve"), "run", str(folder / "serve.json")]
     root = Path(__file__).resolve().parents[1]
+    # On a Ray of its own: on a cluster it would replace what is served there, and end Serve at the end.
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_JOB_CONFIG_JSON_ENV_VAR"}
+    environment |= {"RAY_ADDRESS": "local", "PYTHONPATH": os.pathsep.join([str(root / "platform"), str(root)])}
     # Ray gives its workers little of a busy machine unless told otherwise, and Serve's proxy 5 s to start.
-    environment = {"RAY_worker_niceness": "0", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "PYTHONPATH": str(root)}
+    environment |= {"RAY_worker_niceness": "0", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=root, stdout=output, stderr=output, env={**os.environ, **environment})
+        process = subprocess.Popen(command, cwd=root, stdout=output, stderr=output, env=environment)
     try:
         started = time.monotonic()
         while not _healthy(url):

@@ -180,6 +180,14 @@ assert not [name for name in sys.modules if name.split(".")[0] == "ray"]
     assert done.stdout.lower().count("usage: ") == len(JOBS)
 
 
+def test_every_job_is_submitted_to_a_cluster_by_a_test():
+    """As README.md and docs/clusters.md say that it can be."""
+    tests = (ROOT / "tests" / "distributed" / "test_jobs.py").read_text()
+    submitted = re.findall(r'python"?,?\s+"?((?:jobs|tune)/\w+\.py)', tests)
+    scripts = [*JOBS, *(ROOT / "tune").glob("*.py")]
+    assert sorted(set(submitted)) == sorted(str(path.relative_to(ROOT)) for path in scripts)
+
+
 # The standard library's `platform`, which a folder of that name at the root could hide
 
 

@@ -3,15 +3,19 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import toy_lists
 from palate import artifacts
 from palate.artifacts import Artifact
+from palate.corpora.worlds import scenes
 from palate.models.diffusion import load_diffusion
 from palate.training import logging as run_logs
+from palate.unihetero.parts import PartsConfig, make_parts
 from toy_cluster import Head, ray_head, status
 from toy_unihetero import build_parts
 
@@ -26,6 +30,12 @@ LPO = """
     --launcher ray --resolution 16 --latent-dtype float32 --kl-beta 50 --steps 3 --batch 4 --checkpoint-every 2
     --sampler-steps 2 --grid 2 --personal examples
 """
+IMAGES = "--split examples --people --images 1 --sampler-steps 2 --drift-images 0 --resamples 200"
+EXPERIMENT = """
+    --samples 24 --stops 8 16 --width 32 --layers 2 --branch-from 1 --batch 8 --warmup 2 --calibration-samples 16
+    --arms understanding --controls capacity --seeds 1 --control-seeds 1 --baseline-extra 0 --workers 1
+"""
+DEMO = "--model tiny --people 8 --items 6 --asked 1 --no-images --no-scenes"  # with the server
 # Prints where a task of a submitted script finds the library and the standard library's `platform`.
 WHERE = """
 import ray
@@ -52,6 +62,16 @@ def succeed(head: Head, *entrypoint: str, **options: object) -> str:
     done = head.submit(*entrypoint, **options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
+
+
+def succeed_all(head: Head, *commands: str) -> list[str]:
+    """``succeed`` with commands that do not need each other, two at a time: most of a job's time is its start."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda command: succeed(head, *command.split()), commands))
+
+
+def report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())
 
 
 def lines(path: Path) -> int:
@@ -133,23 +153,17 @@ def test_a_stopped_job_leaves_nothing_half_and_the_next_goes_on(
     steps = [row["step"] for row in run_logs.read(log.parent)]
     assert steps == list(range(1, len(steps) + 1))
 
-    out = run / "evaluation"
-    flags = [
-        "--users",
-        "all",
-        "--max-users",
-        "4",
-        "--systems",
-        "base",
-        "card",
-        "--max-new-tokens",
-        "4",
-        "--resamples",
-        "200",
-    ]
-    evaluate = ["python", "jobs/evaluate.py", "text", "--run", str(run), "--corpus", corpus.url, "--out", str(out)]
-    assert f"report: {out}/report/report.md" in succeed(head, *evaluate, *flags)
-    assert json.loads((out / "report" / "report.json").read_text())["metrics"]
+    made = f"--run {run} --corpus {corpus.url}"
+    asked = "--users all --max-users 4 --systems base card --max-new-tokens 4 --resamples 200"
+    evaluated, swept = succeed_all(
+        head,
+        f"python jobs/evaluate.py text {made} {asked} --out {run}/evaluation",
+        f"python tune/betas.py decoding {made} --try-betas 0 1 --concurrent 1 --out {run}/betas",
+    )
+    assert f"report: {run}/evaluation/report/report.md" in evaluated
+    assert report(run / "evaluation" / "report")["metrics"]
+    assert "<- chosen" in swept
+    assert [point["values"]["beta"] for point in report(run / "betas" / "report")["points"]] == [0, 1]
 
 
 def test_lists_are_encoded_by_actors_tuned_and_get_newcomers(head: Head, tmp_path: Path) -> None:
@@ -160,15 +174,61 @@ def test_lists_are_encoded_by_actors_tuned_and_get_newcomers(head: Head, tmp_pat
     load_diffusion("shapes").pipeline.save_pretrained(tmp_path / "base")
     given = ["--lists", lists.url, "--model", f"{tmp_path}/base", "--out", f"{tmp_path}/run"]
     succeed(head, "python", "jobs/lpo.py", *given, *LPO.split())
-    given = ["--run", f"{tmp_path}/run", "--lists", later.url, "--out", f"{tmp_path}/with"]
-    assert "3 people, 1 of them new" in succeed(head, "python", "jobs/newcomers.py", *given)
+    made = f"--run {tmp_path}/run"
+    added, compared = succeed_all(
+        head,
+        f"python jobs/newcomers.py {made} --lists {later.url} --out {tmp_path}/with",
+        f"python jobs/evaluate.py images {made} --corpus {lists.url} {IMAGES} --out {tmp_path}/evaluation",
+    )
+    assert "3 people, 1 of them new" in added
+    assert f"report: {tmp_path}/evaluation/report/report.md" in compared
+    assert "colourfulness win rate/run" in report(tmp_path / "evaluation" / "report")["metrics"]
 
 
-def test_a_unified_model_is_pretrained(head: Head, tmp_path: Path) -> None:
+def test_a_unified_model_is_pretrained_and_asked_beside_its_experiment(head: Head, tmp_path: Path) -> None:
     parts = build_parts(tmp_path / "parts")
-    given = ["--corpus", f"{parts}/index", "--language", f"{parts}/language", "--vision", f"{parts}/vision"]
-    given += ["--arm", "embedding", "--cache", f"{tmp_path}/cache", "--out", f"{tmp_path}/run", "--launcher", "ray"]
-    given += ["--steps", "4", "--batch", "6", "--checkpoint-every", "2"]
-    said = succeed(head, "python", "jobs/unihetero.py", "train", *given)
-    assert f"model: {tmp_path}/run/model" in said
+    small = scenes.prepare(scenes.ScenesConfig(out=f"{tmp_path}/small", encoder=32, train=32, validation=4, test=8))
+    frozen = PartsConfig(small.url, f"{tmp_path}/made", encoder_steps=20, autoencoder_steps=20, width=16, layers=1)
+    given = f"--corpus {parts}/index --language {parts}/language --vision {parts}/vision --cache {tmp_path}/cache"
+    flags = "--arm embedding --launcher ray --steps 4 --batch 6 --checkpoint-every 2"
+    trained, swept = succeed_all(
+        head,
+        f"python jobs/unihetero.py train {given} {flags} --out {tmp_path}/run",
+        f"python jobs/unihetero.py sweep --corpus {small.url} --parts {make_parts(frozen).url} {EXPERIMENT} "
+        f"--out {tmp_path}/experiment",
+    )
+    assert f"model: {tmp_path}/run/model" in trained
     assert artifacts.exists(tmp_path / "run" / "model")
+    assert "claim 1: undecided" in swept
+
+    questions = f"--questions {parts}/scenes/questions.tsv --resamples 200"
+    asked, planned, again = succeed_all(
+        head,
+        f"python jobs/evaluate.py vision --run {tmp_path}/run {questions} --out {tmp_path}/evaluation",
+        "python jobs/unihetero.py plan --samples 1000",
+        f"python jobs/unihetero.py report --experiment {tmp_path}/experiment --out {tmp_path}/again",
+    )
+    assert f"report: {tmp_path}/evaluation/report.md" in asked
+    assert report(tmp_path / "evaluation")["metrics"]["questions/run"]["n"] == 6  # images
+    assert "| Samples | 1,000, " in planned
+    assert "claim 1: undecided" in again
+    assert report(tmp_path / "again") == report(tmp_path / "experiment" / "report")
+
+
+def test_demo_claims_and_a_sweep_that_trains_are_jobs_too(head: Head, corpus: Artifact, tmp_path: Path) -> None:
+    card = f"--corpus {corpus.url} {CARD} --workers 1 --epochs 1"
+    swept, tested, shown = succeed_all(
+        head,
+        f"python tune/clusters.py {card} --try-clusters 2 --out {tmp_path}/sweep",
+        f"python jobs/reproduce.py --size smoke --papers card --out {tmp_path}/claims",
+        f"python jobs/demo.py {DEMO} --out {tmp_path}/demo",
+    )
+    assert "<- chosen" in swept
+    points = report(tmp_path / "sweep" / "report")["points"]
+    assert [point["values"]["clusters"] for point in points] == [2]
+    assert f"report: {tmp_path}/claims/report.md" in tested
+    assert [claim["paper"] for claim in report(tmp_path / "claims")["claims"]] == ["CARD"] * 5
+    assert "answered persona-" in shown  # by the server
+    assert f"report: {tmp_path}/demo/evaluation/report/report.md" in shown
+    # What the cluster serves is not replaced by the demo, nor ended with it.
+    assert "Started a local Ray instance" in (tmp_path / "demo" / "serve.log").read_text()
