@@ -100,7 +100,7 @@ SIZES = {
         samples=8192,
         arms=ARMS[:5],
         seeds=3,
-        about="measured once as a whole: docs/results/reproduction.md",
+        about="three to four core hours on CPUs; docs/results/reproduction.md has what it said once",
     ),
     "full": Size(
         model="smollm2",
@@ -157,7 +157,7 @@ class ReproduceConfig:
     out: str = scale()
     """Folder of everything."""
     size: Literal["smoke", "small", "full"] = "small"
-    """smoke: minutes, to see that all runs; small: hours, by estimate; full: a day, by estimate."""
+    """smoke: minutes, to see that all runs; small: three to four core hours; full: a day, by estimate."""
     papers: tuple[Literal["card", "lpo", "unihetero"], ...] = ("card", "lpo", "unihetero")
     """Which of them."""
     workers: int = scale(2)
