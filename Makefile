@@ -25,17 +25,14 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
-# Commands of Ray look for a cluster on the machine and refuse when they find two, so these run one after another.
-WITH_RAY := tests/distributed tests/tune tests/acceptance tests/test_cluster.py tests/test_layout.py
-FAULTS_WITH_RAY := tests/chaos/test_nodes.py tests/chaos/test_nodes_on_storage.py tests/chaos/test_serve.py
+# Two processes, one of which has the tests of Ray's clusters (tests/conftest.py).
+IN_TWO := --numprocesses 2 --dist loadgroup --durations=20
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m slow --durations=20 $(WITH_RAY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow --durations=20 --numprocesses 2 --dist loadfile $(WITH_RAY:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(IN_TWO)
 
 test-chaos: $(STAMP)
-	$(BIN)/python -m pytest -q -m "chaos and not long" --durations=20 $(FAULTS_WITH_RAY)
-	$(BIN)/python -m pytest -q -m "chaos and not long" --durations=20 --numprocesses 2 --dist loadgroup tests/chaos $(FAULTS_WITH_RAY:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "chaos and not long" $(IN_TWO)
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -q -m long

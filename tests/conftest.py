@@ -3,6 +3,7 @@
 import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -13,6 +14,20 @@ settings.load_profile("palate")
 
 # Before anything imports transformers: tests load what is installed, or nothing.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+TESTS = Path(__file__).resolve().parent
+CLUSTERS = ["distributed", "tune", "test_cluster.py"]
+CLUSTERS += ["chaos/test_nodes.py", "chaos/test_nodes_on_storage.py", "chaos/test_serve.py"]
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two processes (``--dist loadgroup``), one runs the tests of Ray's clusters, one after another: commands of Ray
+    look for a cluster on the machine, and refuse where they find two."""
+    for item in items:
+        if any(item.path.is_relative_to(TESTS / place) for place in CLUSTERS):
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(scope="session")

@@ -157,6 +157,10 @@ def run(code: str, *arguments: str, cwd: Path = ROOT, **environment: str) -> sub
     return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, check=False, timeout=300)
 
 
+# Seconds to import, and needed by few calls.
+WHERE_USED = {"matplotlib", "nltk", "pandas", "sklearn"}
+
+
 def test_the_library_imports_and_every_job_shows_its_help_without_ray():
     """In one process, because importing torch and transformers is what takes the time."""
     code = f"""
@@ -174,6 +178,7 @@ for job in {[str(path) for path in JOBS]!r}:
     else:
         raise AssertionError(f"{{job}} --help did not end the program")
 assert not [name for name in sys.modules if name.split(".")[0] == "ray"]
+assert not {WHERE_USED!r} & sys.modules.keys(), "imported where it is used: every worker and every --help waits for it"
 """
     done = run(code)
     assert done.returncode == 0, done.stderr
@@ -209,6 +214,7 @@ def test_platform_survives_both_ways_of_starting_pytest(start):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 def test_platform_survives_on_a_ray_worker_with_this_working_dir(tmp_path):
     """Ray puts the unpacked working_dir on its workers' path; a relative PYTHONPATH finds the library there."""
     code = """

@@ -19,7 +19,7 @@ from palate.unihetero.parts import PartsConfig, make_parts
 from toy_cluster import Head, ray_head, status
 from toy_unihetero import build_parts
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.timeout(1200)
 
 CARD = """
     --launcher ray --workers 2 --model tiny --clusters 2 --max-prompt-tokens 200 --max-answer-tokens 12 --rank 2
@@ -111,11 +111,13 @@ def corpus(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return artifacts.open_artifact(folder / "corpus")
 
 
+@pytest.mark.slow
 def test_who_has_no_token_or_another_is_refused(head: Head) -> None:
     for path in ("/api/version", "/api/jobs/"):
         assert [status(head, path, token) for token in (None, "", "f" * 64)] == [200, 401, 403]
 
 
+@pytest.mark.slow
 def test_the_checkout_reaches_the_workers(head: Head) -> None:
     said = succeed(head, "python", "-c", WHERE)
     (found,) = (line for line in said.splitlines() if line.startswith("found: "))
@@ -125,6 +127,7 @@ def test_the_checkout_reaches_the_workers(head: Head) -> None:
     assert worker == driver
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_is_a_command_that_fails(head: Head, tmp_path: Path) -> None:
     command = ["python", "jobs/card.py", "--corpus", f"{tmp_path}/none", "--out", f"{tmp_path}/run"]
     done = head.submit(*command)
@@ -132,6 +135,7 @@ def test_a_job_that_fails_is_a_command_that_fails(head: Head, tmp_path: Path) ->
     assert f"card: no finished artifact at {tmp_path}/none" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_stopped_job_leaves_nothing_half_and_the_next_goes_on(
     head: Head, corpus: Artifact, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -166,6 +170,7 @@ def test_a_stopped_job_leaves_nothing_half_and_the_next_goes_on(
     assert [point["values"]["beta"] for point in report(run / "betas" / "report")["points"]] == [0, 1]
 
 
+@pytest.mark.slow
 def test_lists_are_encoded_by_actors_tuned_and_get_newcomers(head: Head, tmp_path: Path) -> None:
     rows = [toy_lists.row(number, 3, split="train", user_id="ann") for number in range(6)]
     rows += [toy_lists.row(6 + n, 3, split="examples", user_id=user) for n, user in enumerate(("ann", "bob"))]
@@ -185,6 +190,7 @@ def test_lists_are_encoded_by_actors_tuned_and_get_newcomers(head: Head, tmp_pat
     assert "colourfulness win rate/run" in report(tmp_path / "evaluation" / "report")["metrics"]
 
 
+@pytest.mark.slow
 def test_a_unified_model_is_pretrained_and_asked_beside_its_experiment(head: Head, tmp_path: Path) -> None:
     parts = build_parts(tmp_path / "parts")
     small = scenes.prepare(scenes.ScenesConfig(out=f"{tmp_path}/small", encoder=32, train=32, validation=4, test=8))
@@ -215,6 +221,7 @@ def test_a_unified_model_is_pretrained_and_asked_beside_its_experiment(head: Hea
     assert report(tmp_path / "again") == report(tmp_path / "experiment" / "report")
 
 
+@pytest.mark.long  # each is made of jobs that are submitted above
 def test_demo_claims_and_a_sweep_that_trains_are_jobs_too(head: Head, corpus: Artifact, tmp_path: Path) -> None:
     card = f"--corpus {corpus.url} {CARD} --workers 1 --epochs 1"
     swept, tested, shown = succeed_all(

@@ -123,7 +123,7 @@ def test_what_the_disk_refuses_again_and_again_is_raised_as_it_is(tmp_path, ray_
     assert (caught.value is cause) == isinstance(cause, OSError)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_worker_is_started_again_and_nothing_changes(tmp_path, ray_cluster):
     """One worker; two, on nodes that go and come: tests/chaos."""
     whole = toy.ToyConfig(str(tmp_path / "whole"))

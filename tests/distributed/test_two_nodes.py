@@ -16,7 +16,7 @@ TOLERANCES = {"weights": 5e-4, "vectors": 1e-4, "loss": 1e-5}
 PROGRAM = Path(__file__).parents[1] / "two_nodes.py"
 
 
-@pytest.mark.slow
+@pytest.mark.long  # of each part CI sees: two ranks on nodes against two of torchrun, and these against one process
 @pytest.mark.timeout(1200)
 def test_trainings_on_two_nodes_end_as_in_one_process(tmp_path: Path) -> None:
     # A short folder for Ray's sockets, where nobody else's `ray.init()` looks for a cluster.

@@ -2,12 +2,14 @@
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 
+import nltk
 import numpy as np
 import pytest
 import sklearn.metrics
-from nltk.translate.meteor_score import single_meteor_score
+from nltk.translate import meteor_score
 from rouge_score import rouge_scorer
 
 from palate.corpora.schema import Task
@@ -93,7 +95,7 @@ def test_meteor_without_its_data_is_reported_not_dropped(
         if name.startswith(absent):
             raise LookupError
 
-    monkeypatch.setattr(text.nltk.data, "find", find)
+    monkeypatch.setattr(nltk.data, "find", find)
     found = text.evaluate(TEXT, {"q": "a"}, {"q": "b"}).metrics["meteor"]
     assert isinstance(found, str)
     assert found.startswith("not computed")
@@ -109,10 +111,10 @@ class NoSynonyms:
 
 
 def test_meteor_has_nltks_alpha_beta_and_gamma(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text.nltk.data, "find", lambda name: None)
-    monkeypatch.setattr(text.nltk, "word_tokenize", str.split)
+    monkeypatch.setattr(nltk.data, "find", lambda name: None)
+    monkeypatch.setattr(nltk, "word_tokenize", str.split)
     monkeypatch.setattr(
-        text, "single_meteor_score", lambda *pair, **options: single_meteor_score(*pair, wordnet=NoSynonyms, **options)
+        meteor_score, "single_meteor_score", partial(meteor_score.single_meteor_score, wordnet=NoSynonyms)
     )
     found = text.meteor(["the cat sat today", "unrelated"], ["today the cat sat down", "words here"])
     assert not isinstance(found, str)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from palate import artifacts
 from palate.card.stages import ADAPTERS
 from palate.corpora.worlds import personas, shapes
+from palate.distributed import tuning
 from palate.models.diffusion import load_diffusion
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,16 +152,24 @@ def test_kl_betas_are_compared_over_seeds_and_the_job_takes_the_best(folder):
     assert list((folder / "tuned/tuned/lora").glob("*.safetensors"))
 
 
-def test_what_cannot_be_swept_is_said_before_ray_starts(folder, clusters):
-    run = json.loads((folder / "sweep/best.json").read_text())["out"]
-    wrong = call(
-        *f"tune/betas.py decoding --run {run} --corpus corpus --choose-by taste --out x".split(), folder=folder
-    )
-    assert wrong.returncode == 1
-    assert wrong.stderr.strip().splitlines()[-1].startswith("betas: --choose-by taste: there are ['bits per token'")
-    wrong = call(
-        "tune/clusters.py", *["--corpus", "corpus", "--model", "tiny", "--fresh", "--out", "sweep"], folder=folder
-    )
-    assert "clusters: --fresh would discard trials" in wrong.stderr
-    wrong = call("tune/betas.py", *["lpo", "--lists", "none", "--out", "y"], folder=folder)
-    assert wrong.stderr.strip().splitlines()[-1].startswith("betas: no finished artifact")
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (
+            "betas.py decoding --run RUN --corpus corpus --choose-by taste --out x",
+            "--choose-by taste: there are ['bits",
+        ),
+        ("clusters.py --corpus corpus --model tiny --fresh --out sweep", "--fresh would discard trials"),
+        ("betas.py lpo --lists none --out y", "no finished artifact at "),
+    ],
+)
+def test_what_cannot_be_swept_is_said_before_ray_starts(folder, clusters, monkeypatch, command, said):
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("Ray was to start")
+
+    script, *flags = command.replace("RUN", json.loads((folder / "sweep/best.json").read_text())["out"]).split()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    monkeypatch.setattr(tuning, "search", started)
+    with pytest.raises(SystemExit, match=f"{script.removesuffix('.py')}: {re.escape(said)}"):
+        runpy.run_path(str(ROOT / "tune" / script), run_name="__main__")

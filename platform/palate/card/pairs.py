@@ -10,14 +10,12 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from rouge_score import rouge_scorer
-from rouge_score.tokenizers import Tokenizer
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from palate.corpora.schema import Item, normalized
 
@@ -82,6 +80,8 @@ class Bank:
         self._people: dict[int, set[str]] = {}
         for author, home in zip(self._authors.tolist(), self._homes.tolist(), strict=True):
             self._people.setdefault(home, set()).add(author)
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
         self._vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b", norm="l2")
         try:
             self._vectors = self._vectorizer.fit_transform([_topic(item) for item in self._items])
@@ -151,7 +151,7 @@ def near_copy(text: str, other: str, threshold: float = 0.8) -> bool:
     shorter, longer = sorted((len(_WORDS.tokenize(text)), len(_WORDS.tokenize(other))))
     if 2 * shorter < threshold * (shorter + longer):  # even if all the shorter one's words were in the longer one
         return False
-    return bool(_ROUGE.score(other, text)["rougeL"].fmeasure >= threshold)
+    return bool(_rouge().score(other, text)["rougeL"].fmeasure >= threshold)
 
 
 def overlap(text: str, source: str) -> float:
@@ -161,7 +161,7 @@ def overlap(text: str, source: str) -> float:
     return sum(word in known for word in words) / len(words) if words else 0.0
 
 
-class _Words(Tokenizer):
+class _Words:
     """Words of any script; rouge-score's own tokenizer sees a-z and digits only."""
 
     def tokenize(self, text: str) -> list[str]:
@@ -169,7 +169,13 @@ class _Words(Tokenizer):
 
 
 _WORDS = _Words()
-_ROUGE = rouge_scorer.RougeScorer(["rougeL"], tokenizer=_WORDS)
+
+
+@cache
+def _rouge() -> Any:
+    from rouge_score import rouge_scorer
+
+    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=_WORDS)
 
 
 def _drawn(items: Sequence[Item], rows: list[int], most: int) -> list[int]:

@@ -15,11 +15,6 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
-from sklearn.cluster import KMeans
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
-from sklearn.metrics import adjusted_rand_score, silhouette_score
-from sklearn.preprocessing import StandardScaler, normalize
 
 # Function words carry style and hardly any topic (Mosteller and Wallace 1964); common English ones.
 # fmt: off
@@ -70,6 +65,8 @@ class StyleMap:
 
         A person without texts gets the zero vector: as far from everyone, and nearest to the most mixed cluster.
         """
+        from sklearn.preprocessing import normalize
+
         grams = _counts(histories, len(self.idf_H)).multiply(self.idf_H).tocsr()
         reduced = normalize(grams) @ self.components_DH.T
         reduced /= np.maximum(np.linalg.norm(reduced, axis=1, keepdims=True), 1e-12)
@@ -87,6 +84,10 @@ def fit_style_map(histories: Sequence[Sequence[str]], config: StyleConfig) -> St
     Raises:
         ValueError: nobody wrote anything.
     """
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfTransformer
+    from sklearn.preprocessing import StandardScaler, normalize
+
     histories = [texts for texts in histories if texts]
     if not histories:
         raise ValueError("no person has a text: style cannot be learned from an empty corpus")
@@ -220,6 +221,8 @@ def plot_curve(clustering: Clustering, file: Path) -> None:
 
 
 def _choose(points: np.ndarray, candidates: range, seed: int) -> tuple[int, list[dict[str, float]]]:
+    from sklearn.metrics import silhouette_score
+
     curve = []
     for count in candidates:
         labels = nearest(_kmeans(points, count, seed), points)
@@ -242,6 +245,8 @@ def _choose(points: np.ndarray, candidates: range, seed: int) -> tuple[int, list
 
 
 def _stability(points: np.ndarray, count: int, seed: int, repeats: int = 5) -> float:
+    from sklearn.metrics import adjusted_rand_score
+
     generator = np.random.default_rng(seed)
     scores = []
     for _ in range(repeats):
@@ -255,10 +260,14 @@ def _stability(points: np.ndarray, count: int, seed: int, repeats: int = 5) -> f
 
 
 def _kmeans(points: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+    from sklearn.cluster import KMeans
+
     return KMeans(clusters, n_init=10, random_state=seed).fit(points).cluster_centers_.astype(np.float32)
 
 
 def _counts(histories: Sequence[Sequence[str]], width: int) -> Any:
+    from sklearn.feature_extraction.text import HashingVectorizer
+
     vectorizer = HashingVectorizer(
         analyzer="char_wb", ngram_range=(1, 4), n_features=width, alternate_sign=False, norm=None, lowercase=False
     )

@@ -8,15 +8,16 @@ them the score of the people's own answers, which is the ceiling.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.svm import LinearSVC
 
 from palate.corpora.schema import Item, normalized
 from palate.evaluation.statistics import Scores
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 NGRAMS = (1, 4)
 MAX_FEATURES = 100_000
@@ -28,7 +29,7 @@ class Classifier:
 
     users: tuple[str, ...]
     texts: int
-    pipeline: Pipeline
+    pipeline: "Pipeline"
 
     def decisions(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """(N, U) signed distances, the greater the more like that person."""
@@ -47,6 +48,10 @@ def train(items: Iterable[Item], scored_texts: Iterable[str], seed: int = 0) -> 
     Raises:
         ValueError: fewer than two people are left to tell apart.
     """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.svm import LinearSVC
+
     unseen = {normalized(text) for text in scored_texts}
     known = [item for item in items if normalized(item.output) and normalized(item.output) not in unseen]
     users = tuple(sorted({item.user_id for item in known}))

@@ -9,10 +9,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from palate import artifacts
@@ -31,6 +30,9 @@ from palate.evaluation.scaling import (
     slope_difference,
 )
 from palate.unihetero.sweep import BASELINE, check_same_data
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Floats = NDArray[np.float64]
 MARGIN = 0.01  # of accuracy: what "not worse" means in claim 3; fixed before any run
@@ -311,8 +313,10 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _plot(found: Findings) -> Figure:
+def _plot(found: Findings) -> "Figure":
     """Accuracy over samples, and the difference to the baseline with intervals over seeds."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, (arm, curves) in enumerate(found.curves.items()):

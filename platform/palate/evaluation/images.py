@@ -29,7 +29,6 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.stats import beta
 
 from palate import artifacts, progress
 from palate import config as configs
@@ -415,7 +414,7 @@ def win_rate(wins_KN: Array, units_N: NDArray[np.int_], *, resamples: int = 10_0
     alike, which no resampling can tell from certainty."""
     found = crossed(wins_KN, units_N, resamples=resamples, seed=seed)
     if found.value in (0.0, 1.0):
-        edge = float(beta.ppf(0.025, found.n, 1))
+        edge = 0.025 ** (1 / found.n)  # the quantile of Beta(n, 1)
         bounds = (edge, 1.0) if found.value == 1 else (0.0, 1 - edge)
         return dataclasses.replace(found, low=bounds[0], high=bounds[1], reason="every comparison went the same way")
     return found

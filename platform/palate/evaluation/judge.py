@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import openai
 
 from palate.corpora.schema import Item, Question
 from palate.evaluation.statistics import Scores
@@ -101,6 +100,8 @@ def compare(
     Raises:
         ValueError: the judge cannot be reached or refuses, naming the URL and model.
     """
+    import openai
+
     client = openai.OpenAI(
         base_url=judge.url, api_key=os.environ.get(API_KEY, "none"), timeout=judge.timeout_s, max_retries=3
     )

@@ -12,13 +12,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
+from typing import TYPE_CHECKING, Any, Literal
 
 from palate.evaluation.statistics import Average, Estimate, Scores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Kind = Literal["baseline", "method", "control"]
 
@@ -186,7 +186,7 @@ def markdown(report: Report) -> str:
     return "\n".join(lines)
 
 
-def plot_systems(report: Report) -> Figure | None:
+def plot_systems(report: Report) -> "Figure | None":
     """Forest plot of the systems, a panel a metric; None without any number."""
     kinds = {system.name: system.kind for system in report.systems}
     labels = {system.name: system.label for system in report.systems}
@@ -205,7 +205,7 @@ def plot_systems(report: Report) -> Figure | None:
     return figure
 
 
-def plot_differences(report: Report) -> Figure | None:
+def plot_differences(report: Report) -> "Figure | None":
     """Forest plot of the differences, a panel a metric; colored where the interval excludes zero."""
     labels = {system.name: system.label for system in report.systems}
     cells = [cell for cell in report.cells if cell.minus is not None and _plottable(cell)]
@@ -355,8 +355,10 @@ def _panels(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     return panels
 
 
-def _frame(title: str, rows: Sequence[str], panels: Mapping[str, Sequence[Cell]]) -> tuple[Figure, list[Axes]]:
+def _frame(title: str, rows: Sequence[str], panels: Mapping[str, Sequence[Cell]]) -> "tuple[Figure, list[Axes]]":
     """An empty figure with a panel a metric, at most four beside one another, and its panels."""
+    from matplotlib.figure import Figure
+
     lines = -(-len(panels) // 4)
     columns = -(-len(panels) // lines)
     margin = 0.075 * max(len(row) for row in rows) + 0.2  # inches for the row names
@@ -398,7 +400,9 @@ def _frame(title: str, rows: Sequence[str], panels: Mapping[str, Sequence[Cell]]
     return figure, axes[: len(panels)]
 
 
-def _interval(axis: Axes, row: int, cell: Cell, color: str) -> None:
+def _interval(axis: "Axes", row: int, cell: Cell, color: str) -> None:
+    from matplotlib.patheffects import withStroke
+
     assert cell.estimate is not None
     estimate = cell.estimate
     if math.isfinite(estimate.low):

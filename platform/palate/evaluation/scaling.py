@@ -16,8 +16,7 @@ from itertools import combinations_with_replacement
 from typing import Literal
 
 import numpy as np
-import scipy.optimize
-import scipy.stats
+import scipy  # its parts are imported where they are first used
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]

@@ -10,17 +10,17 @@ few users (below about 30) they are a little too narrow: by sqrt((n - 1) / n) in
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm
 
 Average = Literal["users", "questions"]
 Combine = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 # What is detected with 80% power by a two-sided test at 5%: (z_0.975 + z_0.8) standard errors, about 2.80.
-DETECTABLE_STANDARD_ERRORS = float(norm.ppf(0.975) + norm.ppf(0.8))
+DETECTABLE_STANDARD_ERRORS = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)
 
 _CELLS_AT_ONCE = 1 << 22  # resampled indices held in memory at a time: 32 MiB
 

@@ -8,14 +8,16 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from palate import artifacts
 from palate.artifacts import join
 from palate.evaluation.statistics import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,11 @@ def summary(points: Sequence[Point], winner: Point, metric: Metric, out: str) ->
     return "\n".join([*lines, f"report: {join(out, 'report/report.md')}", f"best: {join(out, 'best.json')}"])
 
 
-def _plot(points: Sequence[Point], winner: Point, metric: Metric, budget: str) -> Figure:
+def _plot(points: Sequence[Point], winner: Point, metric: Metric, budget: str) -> "Figure":
     """The metric over the first swept value, a line for each combination of the others, pale for smaller budgets; and
     beside it the paired differences, which tell values apart whose own intervals overlap."""
+    from matplotlib.figure import Figure
+
     compared = [point for point in points if point.to_best is not None and point.budget == winner.budget]
     figure = Figure(figsize=(12 if compared else 7, 4.2), layout="constrained")
     left, *right = figure.subplots(1, 2 if compared else 1, squeeze=False)[0]

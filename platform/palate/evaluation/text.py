@@ -16,11 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import fsspec
-import nltk
 import numpy as np
-from nltk.translate.meteor_score import single_meteor_score
 from numpy.typing import NDArray
-from rouge_score import rouge_scorer, tokenize
 
 from palate.corpora.schema import Task
 from palate.evaluation.statistics import Scores
@@ -135,6 +132,9 @@ def parse_rating(prediction: str, gold: float) -> tuple[float, bool]:
 
 def meteor(predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.float64] | str:
     """(N,) METEOR by NLTK (alpha 0.9, beta 3, gamma 0.5) on Penn Treebank tokens, or why it was not computed."""
+    import nltk
+    from nltk.translate.meteor_score import single_meteor_score
+
     try:
         nltk.data.find("corpora/wordnet")
     except LookupError:
@@ -207,6 +207,8 @@ def _rating(ids: tuple[str, ...], users: tuple[str, ...], predicted: list[str], 
 
 
 def _text(ids: tuple[str, ...], users: tuple[str, ...], predicted: list[str], expected: list[str]) -> TextEvaluation:
+    from rouge_score import rouge_scorer, tokenize
+
     scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
     scored = [scorer.score(gold, prediction) for gold, prediction in zip(expected, predicted, strict=True)]
     metrics: dict[str, Scores | str] = {

@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import Ridge, RidgeClassifier
-from sklearn.preprocessing import StandardScaler
 
 from palate.corpora.worlds.scenes import GRID, PLACES, SIDE, Described, Object
 from palate.corpora.worlds.shapes import HUES, SHAPES
@@ -106,6 +104,9 @@ def _presence() -> dict[str, Callable[[Described], list[bool]]]:
 
 
 def _accuracy(train_Nz: Floats, train: Labels, test_Nz: Floats, test: Labels) -> float:
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.preprocessing import StandardScaler
+
     scaler = StandardScaler().fit(train_Nz)
     model = RidgeClassifier(alpha=ALPHA).fit(scaler.transform(train_Nz), train)
     return float(model.score(scaler.transform(test_Nz), test))
@@ -117,6 +118,9 @@ def _balanced(train_Nz: Floats, train_NL: Labels, test_Nz: Floats, test_NL: Labe
     One regression for all labels; a label is told where its score is nearer to that of positives than to that of
     others. Labels that all, or none, of the images have in either part are left out; nan where none is left.
     """
+    from sklearn.linear_model import Ridge
+    from sklearn.preprocessing import StandardScaler
+
     scaler = StandardScaler().fit(train_Nz)
     model = Ridge(alpha=ALPHA).fit(scaler.transform(train_Nz), train_NL.astype(float))
     scores_NL, told_NL = (
