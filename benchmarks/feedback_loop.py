@@ -55,7 +55,7 @@ from palate.lpo.stages import LpoConfig, pipeline
 from palate.lpo.training import ObjectiveConfig, TuneConfig
 from palate.models.causal_lm import answer_ids
 from palate.models.diffusion import load_diffusion
-from palate.models.shape_classifier import sees, train_classifier
+from palate.models.shape_classifier import sees, trained_classifier
 from palate.serving.image_http import create_image_app
 from palate.serving.image_service import ImageService, ImageSettings
 from palate.serving.served_run import Personal, ServedRun, Written, fit_person, load_run, prepare_fit
@@ -275,7 +275,7 @@ def images_table(config: ImagesLoop) -> list[dict[str, Any]]:
     if not seeds:
         raise SystemExit(f"{config.out}: no seed is finished")
 
-    classifier = train_classifier(seed=0)
+    classifier = trained_classifier()
 
     def read(arm: str, number: int) -> list[dict[str, Any]]:
         found = []

@@ -19,7 +19,7 @@ import json
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from palate.lpo.sampling import SampleConfig, generate
 from palate.lpo.stages import LpoConfig, PersonalConfig, drawing_of, pipeline
 from palate.lpo.training import Denoiser, ObjectiveConfig, TuneConfig, images_of
 from palate.models.diffusion import LoadedDiffusion, load_diffusion
-from palate.models.shape_classifier import ShapeClassifier, sees, train_classifier
+from palate.models.shape_classifier import sees, trained_classifier
 from palate.training.parallel import World
 
 
@@ -75,11 +75,6 @@ class PersonalBenchmark:
     sample: SampleConfig = field(default_factory=partial(SampleConfig, sampler_steps=20, guidance=2.0, batch=100))
     workers: int = scale(2)
     """Processes, of one thread each."""
-
-
-@cache
-def classifier() -> ShapeClassifier:
-    return train_classifier(seed=0)
 
 
 def settings(config: PersonalBenchmark, seed: int, kind: str) -> LpoConfig:
@@ -131,7 +126,7 @@ def run(task: tuple[str, int], config: PersonalBenchmark) -> dict[str, Any]:
             made = generate(loaded.pipeline, prompts, seeds, config.sample, embeddings=given, label=name)
             images = np.stack([np.asarray(image, dtype=np.float64).transpose(2, 0, 1) / 255 for image in made])
             liked = shapes.utilities(shapes.measure(images), np.array([person.weights]))[:, 0]
-            seen = sees(classifier(), torch.from_numpy(images).float(), prompts)
+            seen = sees(trained_classifier(), torch.from_numpy(images).float(), prompts)
             found.setdefault(name, {})[person.user_id] = {
                 "utilities": liked.tolist(),
                 "seen": float(seen.float().mean()),

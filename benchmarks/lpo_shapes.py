@@ -18,7 +18,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,7 +46,7 @@ from palate.lpo.sampling import SampleConfig, generate
 from palate.lpo.stages import drawing_of
 from palate.lpo.training import Denoiser, ObjectiveConfig, TuneConfig, images_of, tune
 from palate.models.diffusion import LoadedDiffusion, load_diffusion
-from palate.models.shape_classifier import ShapeClassifier, sees, train_classifier
+from palate.models.shape_classifier import sees, trained_classifier
 from palate.training.parallel import World
 
 
@@ -137,7 +137,7 @@ class Judge:
         self.seeds = [1_000_000 * (seed + 1) + place for place in range(config.comparisons)]
         # The annotators' mean taste: lists are theirs together.
         self.weights_1F = np.mean([one.weights for one in shapes.read_annotators(corpus)], axis=0, keepdims=True)
-        self.classifier = classifier()
+        self.classifier = trained_classifier()
         scenes = image_source(corpus, "test", drawing)
         self.real = [scenes.load(place % len(scenes), 77 + place) for place in range(512)]
 
@@ -170,11 +170,6 @@ class Judge:
         if self.targets is not None:
             found["distance"] = float(np.abs(images - self.targets).mean())
         return found
-
-
-@cache
-def classifier() -> ShapeClassifier:
-    return train_classifier(seed=0)
 
 
 def own_lists(config: ShapesMatrix) -> str:

@@ -13,6 +13,7 @@ from palate.lpo.networks import WeightsConfig
 from palate.lpo.sampling import SampleConfig
 from palate.lpo.stages import LpoConfig, pipeline
 from palate.lpo.training import ObjectiveConfig, TuneConfig
+from palate.models.shape_classifier import train_classifier
 from palate.training.parallel import World
 from scripts import load_script
 
@@ -40,7 +41,7 @@ def test_edited_answers_are_fitted_as_the_server_fits_them(benchmark, tmp_path, 
 
 def test_rankings_of_what_a_model_draws_tune_it(benchmark, tmp_path, capsys, monkeypatch):
     # What it sees is not looked at here, and its training would take a minute.
-    monkeypatch.setattr(benchmark, "train_classifier", partial(benchmark.train_classifier, steps=2, batch=8))
+    monkeypatch.setattr(benchmark, "trained_classifier", partial(train_classifier, steps=2, batch=8))
     corpus = shapes.prepare(
         shapes.ShapesConfig(
             out=f"{tmp_path}/shapes",

@@ -173,7 +173,7 @@ def test_held_out_captions_and_people(tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def _untrained_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it sees is tested elsewhere; its training takes many seconds."""
-    monkeypatch.setattr(scorers, "_classifier", lambda: ShapeClassifier().eval())
+    monkeypatch.setattr(scorers, "trained_classifier", lambda: ShapeClassifier().eval())
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from palate.corpora.worlds import shapes
+from palate.models import shape_classifier
 from palate.models.shape_classifier import sees, train_classifier
 
 
@@ -30,6 +31,27 @@ def test_a_short_training_is_far_above_chance_and_sees_nothing_in_blank_images()
     images, captions = scenes(500, seed=1)
     assert sees(model, images, captions).float().mean() > 0.15  # chance: 1/24
     assert not sees(model, torch.full_like(images, 0.5), captions).any()
+
+
+def test_it_is_trained_once_and_again_where_the_file_was_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setenv("PALATE_CACHE", str(tmp_path))
+    trainings = []
+
+    def train():
+        trainings.append(1)
+        return train_classifier(steps=2, batch=4)
+
+    monkeypatch.setattr(shape_classifier, "train_classifier", train)
+    fresh = shape_classifier.trained_classifier.__wrapped__
+    made, read = fresh(), fresh()
+    assert len(trainings) == 1
+    (file,) = (tmp_path / "models").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    again = fresh()
+    assert len(trainings) == 2
+    for model in (read, again):
+        assert not model.training
+        assert all(map(torch.equal, made.parameters(), model.parameters()))
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from palate.artifacts import Artifact
 from palate.config import scale
 from palate.corpora.worlds import shapes
 from palate.evaluation.prompts import Prompt
-from palate.models.shape_classifier import ShapeClassifier, sees, train_classifier
+from palate.models.shape_classifier import sees, trained_classifier
 
 Array = NDArray[np.float64]
 
@@ -188,7 +188,7 @@ def _of_shapes(corpus: Artifact | None, prompts: Sequence[Prompt]) -> list[Score
                 values.append(shapes.edit_utilities(image, pixels(one.target)[None], taste_1F)[0, 0])
         return np.array(values)
 
-    classifier = _classifier()
+    classifier = trained_classifier()
 
     def recognised(drawn: Sequence[Drawn]) -> Array:
         images_N3HW = torch.from_numpy(np.stack([pixels(one.image) for one in drawn])).float()
@@ -197,11 +197,6 @@ def _of_shapes(corpus: Artifact | None, prompts: Sequence[Prompt]) -> list[Score
     truth = "the annotators' true utility, of their mean taste, or of the person's own where the image is for one"
     seen = "share in which an independent classifier sees the asked shape and colour: drift, not taste"
     return [Scorer("utility", utility, truth), Scorer("recognised", recognised, seen, compares=False)]
-
-
-@cache
-def _classifier() -> ShapeClassifier:
-    return train_classifier(seed=0)
 
 
 # CLIP and its kin

@@ -6,13 +6,20 @@ tuned to please them no longer draws what is asked. Images without a shape are a
 Symbols: N images, S shapes and C colours, each with one more for "nothing".
 """
 
+import hashlib
+import tempfile
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy, interpolate, relu
 
+from palate.artifacts import cache_folder
 from palate.corpora.worlds import shapes
 
 SHAPES, COLOURS = shapes.SHAPES, tuple(shapes.HUES)
@@ -43,6 +50,25 @@ class ShapeClassifier(nn.Module):
             hidden = relu(layer(hidden))
         found = hidden.amax(dim=(2, 3))
         return self.shape(found), self.colour(found)
+
+
+@cache
+def trained_classifier() -> ShapeClassifier:
+    """``train_classifier()``, which takes most of a minute: done once, and kept in Palate's cache."""
+    written = b"".join(Path(file).read_bytes() for file in (__file__, shapes.__file__))
+    key = hashlib.sha256(written + torch.__version__.encode()).hexdigest()[:16]
+    file = cache_folder() / "models" / f"shape-classifier-{key}.safetensors"
+    model = ShapeClassifier()
+    try:
+        model.load_state_dict(load_file(file))
+    except (FileNotFoundError, SafetensorError):  # none, or one that was cut off
+        model = train_classifier()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".training-") as folder:
+            unfinished = Path(folder, file.name)
+            save_file(model.state_dict(), unfinished)
+            unfinished.replace(file)
+    return model.eval()
 
 
 def train_classifier(seed: int = 0, steps: int = 700, batch: int = 128) -> ShapeClassifier:
