@@ -32,6 +32,7 @@ def main() -> None:
             config,
             launcher=config.launcher,
             workers=config.workers,
+            cpus_per_worker=config.cpus_per_worker,
             folder=config.out,
             gpu=config.gpu,
             once=begin,

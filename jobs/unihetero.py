@@ -30,6 +30,7 @@ def train(config: TrainConfig) -> None:
         config,
         launcher=config.launcher,
         workers=config.workers,
+        cpus_per_worker=config.cpus_per_worker,
         folder=config.out,
         gpu=config.gpu,
         once=start_over,

@@ -99,7 +99,15 @@ def trial_kl(config: KlBetas, values: Mapping[str, Any], steps: int) -> LpoConfi
 
 def train_kl(config: KlBetas, values: Mapping[str, Any], steps: int) -> None:
     run = trial_kl(config, values, steps)
-    launch(pipeline, run, launcher=run.launcher, workers=run.workers, folder=run.out, gpu=run.gpu)
+    launch(
+        pipeline,
+        run,
+        launcher=run.launcher,
+        workers=run.workers,
+        cpus_per_worker=run.cpus_per_worker,
+        folder=run.out,
+        gpu=run.gpu,
+    )
 
 
 def measure_kl(config: KlBetas, values: Mapping[str, Any], steps: int) -> dict[str, float]:

@@ -104,7 +104,15 @@ def trial(config: ClustersConfig, values: Mapping[str, Any], epochs: int) -> Car
 def train(config: ClustersConfig, values: Mapping[str, Any], epochs: int) -> None:
     run = trial(config, values, epochs)
     worker = partial(pipeline, sampler=sample_answers)
-    launch(worker, run, launcher=run.launcher, workers=run.workers, folder=run.out, gpu=run.gpu)
+    launch(
+        worker,
+        run,
+        launcher=run.launcher,
+        workers=run.workers,
+        cpus_per_worker=run.cpus_per_worker,
+        folder=run.out,
+        gpu=run.gpu,
+    )
 
 
 def measure(config: ClustersConfig, values: Mapping[str, Any], epochs: int) -> dict[str, float]:

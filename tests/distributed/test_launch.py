@@ -35,6 +35,8 @@ def test_launchers_say_what_they_need(tmp_path, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match=r"--workers is 2: start the script by `torchrun --nproc-per-node 2`"):
         launch(toy.run, toy.ToyConfig(str(tmp_path)), launcher="local", workers=2, folder=tmp_path)
+    with pytest.raises(ValueError, match="--cpus-per-worker is 0: expected more than 0"):
+        launch(toy.run, toy.ToyConfig(str(tmp_path)), launcher="ray", cpus_per_worker=0, folder=tmp_path)
     with pytest.raises(ValueError, match="needs torchrun's environment"):
         launch(toy.run, toy.ToyConfig(str(tmp_path)), launcher="torchrun", folder=tmp_path)
 
@@ -82,8 +84,19 @@ def test_an_error_that_would_come_again_is_raised_as_it_is(tmp_path, ray_cluster
         launch(stopping, toy.ToyConfig(str(tmp_path)), launcher="ray", folder=tmp_path)
 
 
-@pytest.mark.parametrize(("gpu", "asked"), [(None, False), (True, True), (False, False)])
-def test_gpus_are_asked_for_though_no_machine_has_started_yet(tmp_path, ray_cluster, monkeypatch, gpu, asked):
+@pytest.mark.parametrize(
+    ("gpu", "cpus", "asked", "resources"),
+    [
+        (None, None, False, {"CPU": 1}),
+        (None, 4.0, False, {"CPU": 4}),
+        (True, None, True, {"GPU": 1}),
+        (True, 4.0, True, {"CPU": 4, "GPU": 1}),
+        (False, None, False, {"CPU": 1}),
+    ],
+)
+def test_gpus_are_asked_for_though_no_machine_has_started_yet(
+    tmp_path, ray_cluster, monkeypatch, gpu, cpus, asked, resources
+):
     import ray.train.torch
 
     settings = []
@@ -97,9 +110,11 @@ def test_gpus_are_asked_for_though_no_machine_has_started_yet(tmp_path, ray_clus
 
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
     config = toy.ToyConfig(str(tmp_path))
-    assert launch(toy.run, config, launcher="ray", workers=2, folder=tmp_path, gpu=gpu) == "done"
+    made = launch(toy.run, config, launcher="ray", workers=2, cpus_per_worker=cpus, folder=tmp_path, gpu=gpu)
+    assert made == "done"
     (given,) = settings
     assert given["scaling_config"].use_gpu is asked
+    assert given["scaling_config"]._resources_per_worker_not_none == resources
     assert given["torch_config"].backend == ("cpu:gloo,cuda:nccl" if asked else "gloo")
 
 

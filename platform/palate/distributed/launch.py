@@ -46,6 +46,7 @@ def launch(
     *,
     launcher: Launcher,
     workers: int = 1,
+    cpus_per_worker: float | None = None,
     folder: str | Path,
     gpu: bool | None = None,
     once: Callable[[Config], None] | None = None,
@@ -56,43 +57,33 @@ def launch(
     its own before this is called.
 
     Args:
-        gpu: of ``run_ray``.
+        cpus_per_worker, gpu: of ``run_ray``.
         once: done before any rank's work, and not again when ranks are started again after a fault.
 
     Raises:
-        ValueError: ``local`` with more than one worker.
+        ValueError: ``local`` with more than one worker; workers without a CPU.
         OSError: the disk is full, or object storage does not answer.
         SystemExit: SIGTERM ended the training, and what was done is saved.
     """
     try:
         with artifacts.os_errors():
-            return _launch(worker, config, launcher, workers, folder, gpu, once)
+            if cpus_per_worker is not None and cpus_per_worker <= 0:
+                raise ValueError(f"--cpus-per-worker is {cpus_per_worker:g}: expected more than 0")
+            if launcher == "torchrun":
+                return run_torchrun(worker, config, once)
+            if launcher == "local" and workers > 1:
+                raise ValueError(
+                    f"--launcher local is one process, but --workers is {workers}: start the script by `torchrun "
+                    f"--nproc-per-node {workers}` with --launcher torchrun, or use --launcher ray"
+                )
+            if once:
+                once(config)
+            if launcher == "local":
+                return run_local(worker, config)
+            return run_ray(worker, config, workers=workers, cpus_per_worker=cpus_per_worker, folder=folder, gpu=gpu)
     except Preempted as notice:
         log.warning("%s", notice)
         raise SystemExit(128 + signal.SIGTERM) from None
-
-
-def _launch(
-    worker: Callable[[Config, World], Result],
-    config: Config,
-    launcher: Launcher,
-    workers: int,
-    folder: str | Path,
-    gpu: bool | None,
-    once: Callable[[Config], None] | None,
-) -> Result:
-    if launcher == "torchrun":
-        return run_torchrun(worker, config, once)
-    if launcher == "local" and workers > 1:
-        raise ValueError(
-            f"--launcher local is one process, but --workers is {workers}: start the script by `torchrun "
-            f"--nproc-per-node {workers}` with --launcher torchrun, or use --launcher ray"
-        )
-    if once:
-        once(config)
-    if launcher == "ray":
-        return run_ray(worker, config, workers=workers, folder=folder, gpu=gpu)
-    return run_local(worker, config)
 
 
 def run_ray(
@@ -100,6 +91,7 @@ def run_ray(
     config: Config,
     *,
     workers: int,
+    cpus_per_worker: float | None = None,
     folder: str | Path,
     gpu: bool | None = None,
     failures: int = 3,
@@ -107,6 +99,8 @@ def run_ray(
     """Run ``worker`` on ``workers`` ranks of the Ray cluster that is there, or of one started on this machine.
 
     Args:
+        cpus_per_worker: which Ray keeps for each, and sets OMP_NUM_THREADS to where nobody else does. By default one,
+            or none where it has a GPU.
         gpu: a GPU for each worker; by default if the cluster has as many now. A cluster that starts machines when they
             are asked for may have none yet.
         failures: how often a group whose worker died is started again. An error that would come again is raised at
@@ -125,12 +119,18 @@ def run_ray(
         ray.init()
     use_gpu = ray.cluster_resources().get("GPU", 0) >= workers if gpu is None else gpu
     filesystem, root = artifacts.locate(folder)
+    # By reference: Ray's controller holds the settings, and would import all that they need of models, for nothing.
+    work = ray.put((worker, config, os.getcwd()))  # noqa: PTH109
     for attempt in range(failures + 1):
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"worker": worker, "config": config, "cwd": os.getcwd()},  # noqa: PTH109
+            train_loop_config={"work": work},
             torch_config=TorchConfig(backend=backend("cuda" if use_gpu else "cpu"), timeout_s=WAIT_SECONDS),
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": cpus_per_worker} if cpus_per_worker else None,
+            ),
             run_config=RunConfig(
                 # Ray silently resumes a run whose name it has seen; there is nothing of Ray's to resume.
                 name=f"{Path(root).name}-{time.time_ns():x}",
@@ -154,14 +154,14 @@ def run_ray(
 
 def _work(settings: dict[str, Any]) -> Any:
     """What each Ray Train worker runs."""
-    import ray.train
     import ray.train.torch
 
+    worker, config, cwd = ray.get(settings["work"])
     # Ray Train moves its workers into a folder of their own; relative paths are meant from where the driver stands.
-    if Path(settings["cwd"]).is_dir():
-        os.chdir(settings["cwd"])
+    if Path(cwd).is_dir():
+        os.chdir(cwd)
     world = replace(World.current(ray.train.torch.get_device()), report=_report)
-    return settings["worker"](settings["config"], world)
+    return worker(config, world)
 
 
 def _report(figures: Mapping[str, float]) -> None:

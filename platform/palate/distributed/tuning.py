@@ -71,6 +71,7 @@ def search(
     higher_is_better: bool,
     config: SearchConfig,
     workers: int = 0,
+    cpus_per_worker: float | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> tuple[list[Reported], list[str]]:
     """Run a trial for each of the ``grid``'s values; returns what they reported, and the errors of those that failed.
@@ -78,7 +79,7 @@ def search(
     Args:
         train, measure: of values and a budget; module-level functions or partials of such.
         budgets: growing; with a single one no trial is ended early.
-        workers: that ``train`` launches by Ray Train; 0: it trains in the trial's process.
+        workers, cpus_per_worker: that ``train`` launches by Ray Train; no workers: it trains in the trial's process.
         identity: what else decides the trials: a sweep that differs in it does not go on from this one's state.
     """
     import ray
@@ -91,7 +92,7 @@ def search(
     print(f"watch: tensorboard --logdir {out}", flush=True)
     if not ray.is_initialized():
         ray.init()
-    fit = concurrency(ray.cluster_resources(), config, workers)
+    fit = concurrency(ray.cluster_resources(), config, workers, cpus_per_worker)
     described = json.dumps([list(map(dict, grid)), list(budgets), dict(identity or {})], sort_keys=True, default=str)
     name = f"tune-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
     filesystem, root = artifacts.locate(out)
@@ -165,6 +166,8 @@ class Run(Protocol):
     def launcher(self) -> str: ...
     @property
     def workers(self) -> int: ...
+    @property
+    def cpus_per_worker(self) -> float | None: ...
 
 
 def sweep_runs(
@@ -206,6 +209,7 @@ def sweep_runs(
         higher_is_better=metric.higher_is_better,
         config=config,
         workers=job.workers if job.launcher == "ray" else 0,
+        cpus_per_worker=job.cpus_per_worker,
         identity=identity,
     )
     if failed and not reported:
@@ -225,19 +229,23 @@ def budgets_of(whole: int, compare_at: Sequence[int]) -> list[int]:
     return [*sorted({budget for budget in compare_at if budget < whole}), whole]
 
 
-def concurrency(resources: Mapping[str, float], config: SearchConfig, workers: int) -> int:
+def concurrency(
+    resources: Mapping[str, float], config: SearchConfig, workers: int, cpus_per_worker: float | None = None
+) -> int:
     """How many trials run at a time on a cluster with these resources, such as {"CPU": 8, "GPU": 2}."""
     if config.concurrent:
         return config.concurrent
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     if workers:
-        fit = int((gpus if gpus >= workers else cpus) // workers)
+        on_gpus = gpus >= workers
+        each = cpus_per_worker or (0.0 if on_gpus else 1.0)
+        fit = int(min(cpus / (workers * each) if each else float("inf"), gpus / workers if on_gpus else float("inf")))
     else:
         fit = int(min(cpus / config.trial_cpus, gpus / config.trial_gpus if config.trial_gpus else float("inf")))
     if fit < 1:
         log.warning(
             "the cluster has %g CPUs and %g GPUs now, less than a trial needs: it waits until nodes come; on a cluster "
-            "that does not grow, lower --workers, --trial-cpus or --trial-gpus",
+            "that does not grow, lower --workers, --cpus-per-worker, --trial-cpus or --trial-gpus",
             cpus,
             gpus,
         )

@@ -91,6 +91,8 @@ class TrainConfig:
     """local: this process; torchrun: the ranks that torchrun started; ray: workers of a Ray cluster."""
     workers: int = scale(1)
     """Ranks, under Ray."""
+    cpus_per_worker: float | None = scale(None)
+    """CPUs that each of Ray's workers gets, and threads that it computes with. None: one, or none beside a GPU."""
     gpu: bool | None = scale(None)
     """Whether each of Ray's workers gets a GPU. None: if the cluster has as many at the start; so say it where machines
     are started only when they are asked for."""
