@@ -22,17 +22,15 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	RAY_AUTH_MODE=disabled HF_HUB_OFFLINE=1 $(BIN)/python jobs/demo.py --out runs/demo $(DEMO)
 
+# Of the two processes, one has the tests of Ray's clusters (tests/conftest.py).
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
-
-# Two processes, one of which has the tests of Ray's clusters (tests/conftest.py).
-IN_TWO := --numprocesses 2 --dist loadgroup --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2
 
 test-slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(IN_TWO)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow --numprocesses 2 --durations=20
 
 test-chaos: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "chaos and not long" $(IN_TWO)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "chaos and not long" --numprocesses 2 --durations=20
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -q -m long

@@ -3,7 +3,7 @@
 import os
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -16,18 +16,31 @@ settings.load_profile("palate")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-TESTS = Path(__file__).resolve().parent
-CLUSTERS = ["distributed", "tune", "test_cluster.py"]
-CLUSTERS += ["chaos/test_nodes.py", "chaos/test_nodes_on_storage.py", "chaos/test_serve.py"]
+# Tests of Ray's clusters. Commands of Ray look for a cluster on the machine, and refuse where they find two.
+CLUSTERS = (
+    "tests/distributed/",
+    "tests/tune/",
+    "tests/chaos/test_nodes",
+    "tests/chaos/test_serve.py",
+    "tests/acceptance/test_readme.py::test_the_commands_for_a_cluster",
+    "tests/test_cluster.py",
+    "tests/test_layout.py::test_platform_survives_on_a_ray_worker",
+)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two processes (``--dist loadgroup``), one runs the tests of Ray's clusters, one after another: commands of Ray
-    look for a cluster on the machine, and refuse where they find two."""
-    for item in items:
-        if any(item.path.is_relative_to(TESTS / place) for place in CLUSTERS):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several processes (``--numprocesses``), one gets all tests of clusters; the others get whole files.
+
+    Groups by mark (``xdist_group``) have no effect with pytest 9.2 and pytest-xdist 3.8.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "clusters" if nodeid.startswith(CLUSTERS) else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -214,7 +214,6 @@ def test_platform_survives_both_ways_of_starting_pytest(start):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_platform_survives_on_a_ray_worker_with_this_working_dir(tmp_path):
     """Ray puts the unpacked working_dir on its workers' path; a relative PYTHONPATH finds the library there."""
     code = """

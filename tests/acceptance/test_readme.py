@@ -119,7 +119,6 @@ def test_the_commands_of_a_page_run_as_they_stand(page, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 @pytest.mark.timeout(1500)
 def test_the_commands_for_a_cluster_run_as_they_stand(s3_endpoint, tmp_path):
     blocks = [content for page in PAGES for language, content in fences(page.read_text()) if language == "sh"]

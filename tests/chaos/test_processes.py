@@ -17,9 +17,7 @@ from strikes import POINTS, Strike
 from toy_pipelines import PIPELINES, Pipeline, outcome
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
-each_pipeline = pytest.mark.parametrize(
-    "pipeline", [pytest.param(one, id=one.name, marks=pytest.mark.xdist_group(one.name)) for one in PIPELINES]
-)
+each_pipeline = pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda pipeline: pipeline.name)
 
 
 @pytest.fixture(scope="module")
