@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Threads that wait sleep rather than spin: beside other work on the same cores, spinning makes each step several times longer.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-chaos test-long lint install clean
+.PHONY: demo test test-slow test-chaos test-all test-long lint install clean
 
 install: $(STAMP)
 
@@ -31,6 +31,10 @@ test-slow: $(STAMP)
 
 test-chaos: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "chaos and not long" --numprocesses 2 --durations=20
+
+# All three at once, which takes less time than one after another: that of clusters and the rest take about as long.
+test-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" --numprocesses 2 --durations=40
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -q -m long
