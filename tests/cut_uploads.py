@@ -6,6 +6,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Literal
 
+Way = Literal["cut", "hold", "refuse", "ignore"]
+
 CHUNK = 1 << 16
 LEAST = 200  # bytes of a body that is worth cutting
 
@@ -14,7 +16,8 @@ class Proxy:
     """Hands everything on, but for the uploads (PUT or POST with a body) that it is told to break.
 
     ``cut``: the connection ends when half of the body went on. ``hold``: half went on, and no more comes, until whoever
-    sends it is gone. ``refuse``: every connection and request ends at once, from then on.
+    sends it is gone. ``refuse``: every connection and request ends at once, from then on. ``ignore``: every connection
+    and request is taken and never answered, from then on.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -23,11 +26,11 @@ class Proxy:
         self._server = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"http://127.0.0.1:{self._server.getsockname()[1]}"
         self._lock = threading.Lock()
-        self._plan: dict[int, Literal["cut", "hold", "refuse"]] = {}
-        self._refusing = False
+        self._plan: dict[int, Way] = {}
+        self._always: Way | None = None
         self.uploads = 0  # how many began
         self.cut = 0  # how many were broken
-        self.refused = 0
+        self.refused = 0  # and ignored
         self.holding = threading.Event()
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -37,7 +40,7 @@ class Proxy:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._server.close()
 
-    def break_upload(self, further: int, how: Literal["cut", "hold", "refuse"]) -> None:
+    def break_upload(self, further: int, how: Way) -> None:
         """Break the ``further``-th upload from now."""
         with self._lock:
             self._plan[self.uploads + further] = how
@@ -45,7 +48,7 @@ class Proxy:
     def heal(self) -> None:
         """Hand everything on again."""
         with self._lock:
-            self._plan, self._refusing = {}, False
+            self._plan, self._always = {}, None
             self.holding.clear()
 
     def _accept(self) -> None:
@@ -56,7 +59,7 @@ class Proxy:
 
     def _serve(self, client: socket.socket) -> None:
         with client, suppress(OSError):
-            if self._refusing:
+            if self._always == "refuse":
                 self.refused += 1
                 return
             with socket.create_connection(self._target) as server:
@@ -72,6 +75,10 @@ class Proxy:
                     size = _content_length(head)
                     how = self._fate(head, size)
                     if how == "refuse":
+                        return
+                    if how == "ignore":
+                        while client.recv(CHUNK):
+                            pass
                         return
                     server.sendall(head + b"\r\n\r\n")
                     left = size if how is None else size // 2
@@ -91,15 +98,15 @@ class Proxy:
 
     def _fate(self, head: bytes, size: int) -> str | None:
         with self._lock:
-            if self._refusing:
+            if self._always is not None:
                 self.refused += 1
-                return "refuse"
+                return self._always
             if not head.startswith((b"PUT ", b"POST ")) or size < LEAST:
                 return None
             self.uploads += 1
             how = self._plan.get(self.uploads)
-            if how == "refuse":
-                self._refusing = True
+            if how in ("refuse", "ignore"):
+                self._always = how
             if how is not None:
                 self.cut += 1
             return how

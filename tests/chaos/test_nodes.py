@@ -5,7 +5,7 @@ The promises are those of ``test_processes.py``. Random moments and places are d
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +34,9 @@ from toy_pipelines import LPO, PIPELINES, TWO_RANKS, Pipeline, contents, last_st
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 each_pipeline = pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda pipeline: pipeline.name)
-FAULTS = ("Train worker killed", "node lost, another added", "driver killed, started again")
+FAULTS = WORKER, NODE, DRIVER = "Train worker killed", "node lost, another added", "driver killed, started again"
+# One of the three comes in the middle of a checkpoint's write, for each pipeline another.
+AT_A_SAVE = {one: FAULTS[(place + SEED) % 3] for place, one in enumerate(PIPELINES)}
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +47,16 @@ def nodes() -> Iterator[Nodes]:
 
 
 @pytest.mark.parametrize(
-    ("pipeline", "at_a_save"),
-    [(one, FAULTS[(place + SEED) % 3]) for place, one in enumerate(PIPELINES)],
-    ids=[one.name for one in PIPELINES],
+    ("pipeline", "faults"),
+    [
+        *(pytest.param(one, [AT_A_SAVE[one]], id=f"{one.name}-one") for one in PIPELINES),
+        *(pytest.param(one, FAULTS, id=f"{one.name}-all", marks=pytest.mark.long) for one in PIPELINES),
+    ],
 )
-def test_a_worker_a_node_and_the_driver_are_lost_in_one_training(
-    pipeline: Pipeline, at_a_save: str, inputs: Path, nodes: Nodes, tmp_path: Path, chance: random.Random
+def test_a_worker_a_node_or_the_driver_is_lost_in_a_training(
+    pipeline: Pipeline, faults: Sequence[str], inputs: Path, nodes: Nodes, tmp_path: Path, chance: random.Random
 ) -> None:
-    """Two ranks on two nodes; against two ranks that nothing happened to, which need no cluster.
-
-    One of the three comes in the middle of a checkpoint's write, for each pipeline another.
-    """
+    """Two ranks on two nodes; against two ranks that nothing happened to, which need no cluster."""
     expected, out = tmp_path / "whole", tmp_path / "run"
     train_on_two_ranks(pipeline.job(inputs, expected, "--launcher", "torchrun"), tmp_path)
     log, kept = out / pipeline.log, Kept(out)
@@ -66,7 +67,7 @@ def test_a_worker_a_node_and_the_driver_are_lost_in_one_training(
         """The worker that a fault is for, once its moment has come."""
         step = last_step(log) + chance.randint(2, pipeline.steps // 8)
         wait_for(lambda: last_step(log) >= step, f"step {step}", driver.ended)
-        if fault == at_a_save:
+        if fault == AT_A_SAVE[pipeline]:
             now.touch()
             wait_for(save.reached, "the strike in a checkpoint", driver.ended)
             return stopped(save)
@@ -75,7 +76,7 @@ def test_a_worker_a_node_and_the_driver_are_lost_in_one_training(
         return chance.choice(found)
 
     def struck(fault: str) -> str:
-        return fault + (" in a checkpoint" if fault == at_a_save else "")
+        return fault + (" in a checkpoint" if fault == AT_A_SAVE[pipeline] else "")
 
     def strike(fault: str, act: Callable[[int], object], driver: Driver) -> None:
         pid = victim(fault, driver)
@@ -89,17 +90,23 @@ def test_a_worker_a_node_and_the_driver_are_lost_in_one_training(
 
     job = pipeline.job(inputs, out, *TWO_RANKS)
     with Driver(nodes, job, tmp_path / "run.txt", save) as driver:
-        strike("Train worker killed", kill, driver)
-        strike("node lost, another added", partial(lose_node_of, nodes=nodes), driver)
-        victim("driver killed, started again", driver)
-        driver.kill()
+        if WORKER in faults:
+            strike(WORKER, kill, driver)
+        if NODE in faults:
+            strike(NODE, partial(lose_node_of, nodes=nodes), driver)
+        if DRIVER in faults:
+            victim(DRIVER, driver)
+            driver.kill()
+        else:
+            assert driver.process.wait(300) == 0, driver.words()
     wait_for(lambda: not nodes.workers("ray::RayTrainWorker"), "the end of its workers", lambda: None, 60)
     kept.check()
-    goes_on = steps_beyond(pipeline, out)
-    with Driver(nodes, job, tmp_path / "run.txt") as driver:
-        seconds = wait_for(goes_on, "progress", driver.ended)
-        record(struck("driver killed, started again"), pipeline.name, seconds)
-        assert driver.process.wait(300) == 0, driver.words()
+    if DRIVER in faults:
+        goes_on = steps_beyond(pipeline, out)
+        with Driver(nodes, job, tmp_path / "run.txt") as driver:
+            seconds = wait_for(goes_on, "progress", driver.ended)
+            record(struck(DRIVER), pipeline.name, seconds)
+            assert driver.process.wait(300) == 0, driver.words()
     kept.check()
     assert save.reached()
     assert outcome(pipeline, out) == outcome(pipeline, expected)

@@ -5,6 +5,7 @@ with the same bits as one that was not broken. Random moments and places are dra
 """
 
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from cut_uploads import Proxy
 from faulted import Kept, Run, bytes_below, fill, small_disk, steps_beyond
 from recoveries import record, wait_for
 from strikes import POINTS, Strike
-from toy_pipelines import PIPELINES, Pipeline, outcome
+from toy_pipelines import LPO, PIPELINES, Pipeline, outcome
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 each_pipeline = pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda pipeline: pipeline.name)
@@ -142,6 +143,38 @@ def test_uploads_are_cut(
         goes_on = steps_beyond(pipeline, out)
         with Run(job, tmp_path / "words.txt", **environment) as run:
             record("storage away, started again", pipeline.name, wait_for(goes_on, "progress", run.ended))
+            assert run.wait() == 0, run.words()
+    kept.check()
+    assert outcome(pipeline, out) == outcome(pipeline, whole(pipeline))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_storage_never_answers(
+    inputs: Path,
+    whole: Callable[[Pipeline], Path],
+    s3_url: str,
+    s3_endpoint: str,
+    tmp_path: Path,
+    chance: random.Random,
+) -> None:
+    """It takes connections and requests, and is silent: after minutes the job says so, and goes on another time."""
+    pipeline, out = LPO, f"{s3_url}/run"
+    job, kept, words = pipeline.job(inputs, out), Kept(out), tmp_path / "silent.txt"
+    with Proxy(s3_endpoint) as proxy:
+        environment = {"AWS_ENDPOINT_URL": proxy.endpoint, "PALATE_CACHE": str(tmp_path / "cache")}
+        proxy.break_upload(chance.randint(2, 5), "ignore")
+        with Run(job, words, **environment) as run:
+            wait_for(lambda: proxy.refused, "silence", run.ended)
+            began = time.monotonic()
+            assert run.wait(1500) == 1, run.words()
+            record("storage that never answers, until the job says so", pipeline.name, time.monotonic() - began)
+        last = words.read_text().splitlines()[-1]
+        assert last.startswith(f"{pipeline.name}: object storage failed: "), last
+        kept.check()
+
+        proxy.heal()
+        with Run(job, tmp_path / "words.txt", **environment) as run:
             assert run.wait() == 0, run.words()
     kept.check()
     assert outcome(pipeline, out) == outcome(pipeline, whole(pipeline))
