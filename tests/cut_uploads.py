@@ -30,6 +30,7 @@ class Proxy:
         self._always: Way | None = None
         self.uploads = 0  # how many began
         self.cut = 0  # how many were broken
+        self.waiting = 0  # how many ask for leave before they send their body
         self.refused = 0  # and ignored
         self.holding = threading.Event()
         threading.Thread(target=self._accept, daemon=True).start()
@@ -104,6 +105,7 @@ class Proxy:
             if not head.startswith((b"PUT ", b"POST ")) or size < LEAST:
                 return None
             self.uploads += 1
+            self.waiting += b"100-continue" in head
             how = self._plan.get(self.uploads)
             if how in ("refuse", "ignore"):
                 self._always = how

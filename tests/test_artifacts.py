@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from cut_uploads import Proxy
 from palate import artifacts
 from palate.config import scale
 
@@ -165,6 +166,22 @@ def test_files_written_under_the_url_by_others_belong_to_the_artifact(s3_url):
 
 def test_local_and_object_storage_agree_on_the_digest(tmp_path, s3_url):
     assert make(tmp_path / "a").digest == make(f"{s3_url}/a").digest
+
+
+def test_an_upload_does_not_wait_for_leave_that_may_never_come(s3_url, s3_endpoint, tmp_path, monkeypatch):
+    """tests/chaos has the server that never answers."""
+    with Proxy(s3_endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        artifacts.locate(s3_url)[0].clear_instance_cache()
+        filesystem, bucket = artifacts.locate(s3_url)
+        (tmp_path / "file").write_bytes(b"x" * 1000)
+        filesystem.put_file(str(tmp_path / "file"), f"{bucket}/file")
+        filesystem.pipe_file(f"{bucket}/other", b"y" * 1000)
+        assert (proxy.uploads, proxy.waiting) == (2, 0)
+        filesystem.connect(refresh=True)
+        filesystem.pipe_file(f"{bucket}/third", b"z" * 1000)
+        assert (proxy.uploads, proxy.waiting) == (3, 0)
+    filesystem.clear_instance_cache()
 
 
 @pytest.mark.slow

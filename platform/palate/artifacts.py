@@ -37,6 +37,8 @@ MANIFEST = "manifest.json"
 MARKER = ".palate-unfinished"  # says that the files beside it are ours to clean, not the user's
 _MARKER_TEXT = b"Palate is writing or deleting this folder. Keep nothing of yours here: the next run empties it.\n"
 
+fsspec.register_implementation("s3", "palate.s3.S3", clobber=True)  # imported when it is needed
+
 # Called with the name of each fault point, in order: "before data", "after data", "before manifest", "after manifest".
 # Tests replace it to kill the process there.
 fault_hook: Callable[[str], None] = lambda point: None  # noqa: E731
