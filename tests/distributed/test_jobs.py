@@ -183,27 +183,34 @@ def test_lists_are_encoded_by_actors_tuned_and_get_newcomers(head: Head, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_unified_model_is_pretrained_and_asked_beside_its_experiment(head: Head, tmp_path: Path) -> None:
+def test_a_unified_model_is_pretrained_and_asked(head: Head, tmp_path: Path) -> None:
     parts = build_parts(tmp_path / "parts")
-    small = scenes.prepare(scenes.ScenesConfig(out=f"{tmp_path}/small", encoder=32, train=32, validation=4, test=8))
-    frozen = PartsConfig(small.url, f"{tmp_path}/made", encoder_steps=20, autoencoder_steps=20, width=16, layers=1)
     given = f"--corpus {parts}/index --language {parts}/language --vision {parts}/vision --cache {tmp_path}/cache"
     flags = "--arm embedding --launcher ray --steps 4 --batch 6 --checkpoint-every 2"
-    trained, swept = succeed_all(
-        head,
-        f"python jobs/unihetero.py train {given} {flags} --out {tmp_path}/run",
-        f"python jobs/unihetero.py sweep --corpus {small.url} --parts {make_parts(frozen).url} {EXPERIMENT} "
-        f"--out {tmp_path}/experiment",
-    )
+    trained = succeed(head, *f"python jobs/unihetero.py train {given} {flags} --out {tmp_path}/run".split())
     assert f"model: {tmp_path}/run/model" in trained
     assert artifacts.exists(tmp_path / "run" / "model")
-    assert "claim 1: undecided" in swept
-
     questions = f"--questions {parts}/scenes/questions.tsv --resamples 200"
     vision = f"vision --run {tmp_path}/run {questions} --out {tmp_path}/evaluation"
     asked = succeed(head, "python", "jobs/evaluate.py", *vision.split())
     assert f"report: {tmp_path}/evaluation/report.md" in asked
     assert report(tmp_path / "evaluation")["metrics"]["questions/run"]["n"] == 6  # images
+
+
+@pytest.mark.long
+def test_an_experiment_is_a_job_too(head: Head, tmp_path: Path) -> None:
+    small = scenes.prepare(scenes.ScenesConfig(out=f"{tmp_path}/small", encoder=32, train=32, validation=4, test=8))
+    frozen = PartsConfig(small.url, f"{tmp_path}/made", encoder_steps=20, autoencoder_steps=20, width=16, layers=1)
+    given = f"--corpus {small.url} --parts {make_parts(frozen).url} {EXPERIMENT} --out {tmp_path}/experiment"
+    assert "claim 1: undecided" in succeed(head, *f"python jobs/unihetero.py sweep {given}".split())
+    again, planned = succeed_all(
+        head,
+        f"python jobs/unihetero.py report --experiment {tmp_path}/experiment --out {tmp_path}/again",
+        "python jobs/unihetero.py plan --samples 1000",
+    )
+    assert "claim 1: undecided" in again
+    assert report(tmp_path / "again") == report(tmp_path / "experiment" / "report")
+    assert "| Samples | 1,000, " in planned
 
 
 @pytest.mark.long  # each is made of jobs that are submitted above
