@@ -1,5 +1,6 @@
 """The three pipelines under faults: their jobs as processes that a test ends, and what must be left of them."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -142,9 +143,16 @@ def bytes_below(folder: Path) -> int:
 
 def fill(disk: Path, ballast: Path, leave: int = 0) -> None:
     """Take all that is free on a file system but for so many bytes, by a file."""
-    status = os.statvfs(disk)
     with ballast.open("wb") as stream:
-        os.posix_fallocate(stream.fileno(), 0, status.f_bavail * status.f_frsize - leave)
+        while True:
+            status = os.statvfs(disk)
+            try:
+                os.posix_fallocate(stream.fileno(), 0, status.f_bavail * status.f_frsize - leave)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:  # else a job that runs took some meanwhile
+                    raise
+            else:
+                return
 
 
 def stopped(strike: Strike) -> int:
