@@ -88,6 +88,10 @@ class Driver:
     def words(self) -> str:
         return self.output.read_text()[-6000:]
 
+    def last_line(self) -> str:
+        """What the job itself said last; Ray adds lines of its actors, in colour, at any time."""
+        return [line for line in self.output.read_text().splitlines() if line and not line.startswith("\x1b[36m(")][-1]
+
 
 class Kept:
     """What a run has committed, fault after fault."""

@@ -36,8 +36,7 @@ def test_storage_is_away_under_ray(
                 proxy.break_upload(chance.randint(1, 3), "refuse")
                 assert driver.process.wait(900) == 1, driver.words()
             assert proxy.refused >= 1
-            last = words.read_text().splitlines()[-1]
-            assert last.startswith(f"{pipeline.name}: object storage failed: "), last
+            assert driver.last_line().startswith(f"{pipeline.name}: object storage failed: "), driver.words()
             kept.check()
             proxy.heal()
             goes_on = steps_beyond(pipeline, out)

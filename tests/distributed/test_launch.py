@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import toy_training as toy
+from palate import artifacts
 from palate.distributed.launch import FINAL, launch, run_ray
 from palate.training.guards import NonFinite, Preempted
 from palate.training.logging import read
@@ -136,6 +137,33 @@ def test_what_the_disk_refuses_again_and_again_is_raised_as_it_is(tmp_path, ray_
         run_ray(toy.run, toy.ToyConfig(str(tmp_path)), workers=2, folder=tmp_path, failures=2)
     assert len(tries) == 3
     assert (caught.value is cause) == isinstance(cause, OSError)
+
+
+@pytest.mark.parametrize("away", [True, False])
+def test_a_controller_of_rays_that_dies_is_started_again(tmp_path, ray_cluster, monkeypatch, away):
+    """Storage that is away ends it before any worker: then that is what is said. For real: tests/chaos."""
+    import ray.exceptions
+    import ray.train.torch
+
+    tries = []
+
+    class Trainer:
+        def __init__(self, worker, **given): ...
+
+        def fit(self):
+            tries.append(1)
+            raise ray.exceptions.ActorDiedError
+
+    def exists(folder):
+        if away:
+            raise OSError("object storage failed")
+        return False
+
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
+    monkeypatch.setattr(artifacts, "exists", exists)
+    with pytest.raises(OSError if away else ray.exceptions.ActorDiedError):
+        run_ray(toy.run, toy.ToyConfig(str(tmp_path)), workers=2, folder=tmp_path, failures=2)
+    assert len(tries) == 3
 
 
 @pytest.mark.long

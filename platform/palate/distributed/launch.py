@@ -108,11 +108,12 @@ def run_ray(
 
     Raises:
         OSError: the disk or object storage refused more often than ``failures``.
-        ray.train.TrainingFailedError: workers died more often than that.
+        ray.train.TrainingFailedError, ray.exceptions.ActorDiedError: workers, or Ray's controller, died more often.
     """
     import ray
     from pyarrow.fs import FSSpecHandler, PyFileSystem
-    from ray.train import RunConfig, ScalingConfig, WorkerGroupError
+    from ray.exceptions import ActorDiedError
+    from ray.train import ControllerError, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     if not ray.is_initialized():
@@ -149,6 +150,12 @@ def run_ray(
                     raise refused from error  # by the disk or the storage, all the time
                 raise
             log.warning("a worker died; starting the group again, %d of %d: %s", attempt + 1, failures, error)
+        except (ActorDiedError, ControllerError) as error:
+            # Ray's own controller, which keeps files of its own in the run folder and does not say what failed.
+            if attempt == failures:
+                artifacts.exists(folder)  # what is wrong with the storage, in one line
+                raise
+            log.warning("Ray's controller died; starting again, %d of %d: %s", attempt + 1, failures, error)
     raise AssertionError  # the last attempt returned or raised
 
 
