@@ -32,7 +32,7 @@ test-slow: $(STAMP)
 test-chaos: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "chaos and not long" --numprocesses 2 --durations=20
 
-# All three at once, which takes less time than one after another: that of clusters and the rest take about as long.
+# All three at once, which takes less time than one after another: the two processes have about as much to do.
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" --numprocesses 2 --durations=40
 

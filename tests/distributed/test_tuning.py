@@ -58,9 +58,7 @@ def test_how_many_trials_run_at_a_time():
     assert concurrency(cluster, SearchConfig(trial_gpus=1), workers=0) == 4
     assert concurrency(cluster, SearchConfig(), workers=2) == 2  # workers take GPUs where there are enough
     assert concurrency({"CPU": 2.0}, SearchConfig(), workers=2) == 1
-    assert (
-        concurrency(cluster, SearchConfig(), workers=2, cpus_per_worker=6) == 1
-    )  # CPUs for two, of which GPUs were enough
+    assert concurrency(cluster, SearchConfig(), workers=2, cpus_per_worker=6) == 1  # GPUs for two, CPUs for one
     assert concurrency({"CPU": 16.0}, SearchConfig(), workers=2, cpus_per_worker=4) == 2
     assert concurrency({"CPU": 2.0}, SearchConfig(), workers=4) == 1  # nodes may come
     assert concurrency(cluster, SearchConfig(concurrent=3), workers=1) == 3

@@ -153,7 +153,7 @@ def run_ray(
         except (ActorDiedError, ControllerError) as error:
             # Ray's own controller, which keeps files of its own in the run folder and does not say what failed.
             if attempt == failures:
-                artifacts.exists(folder)  # what is wrong with the storage, in one line
+                artifacts.exists(folder)  # raises what the storage refuses, which the job says in one line
                 raise
             log.warning("Ray's controller died; starting again, %d of %d: %s", attempt + 1, failures, error)
     raise AssertionError  # the last attempt returned or raised
