@@ -5,7 +5,7 @@ from functools import partial
 from palate import config as configs
 from palate.artifacts import ArtifactError
 from palate.card.stages import CardConfig, pipeline, start_over
-from palate.distributed.launch import launch
+from palate.distributed.launch import launch_job
 from palate.serving.answers import sample_answers
 from palate.training.guards import TrainingStopped
 
@@ -14,16 +14,7 @@ def main() -> None:
     config = configs.parse(CardConfig, __doc__)
     worker = partial(pipeline, sampler=sample_answers)
     try:
-        launch(
-            worker,
-            config,
-            launcher=config.launcher,
-            workers=config.workers,
-            cpus_per_worker=config.cpus_per_worker,
-            folder=config.out,
-            gpu=config.gpu,
-            once=start_over,
-        )
+        launch_job(worker, config, once=start_over)
     except (ArtifactError, TrainingStopped, ValueError, OSError) as error:
         raise SystemExit(f"card: {error}") from None
 

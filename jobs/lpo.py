@@ -4,7 +4,7 @@ from functools import partial
 
 from palate import config as configs
 from palate.artifacts import ArtifactError
-from palate.distributed.launch import launch
+from palate.distributed.launch import launch_job
 from palate.lpo.stages import LpoConfig, encode_lists, pipeline, start_over
 from palate.training.guards import TrainingStopped
 
@@ -27,16 +27,7 @@ def begin(config: LpoConfig) -> None:
 def main() -> None:
     config = configs.parse(LpoConfig, __doc__)
     try:
-        launch(
-            pipeline,
-            config,
-            launcher=config.launcher,
-            workers=config.workers,
-            cpus_per_worker=config.cpus_per_worker,
-            folder=config.out,
-            gpu=config.gpu,
-            once=begin,
-        )
+        launch_job(pipeline, config, once=begin)
     except (ArtifactError, TrainingStopped, ValueError, OSError) as error:
         raise SystemExit(f"lpo: {error}") from None
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from palate import config as configs
 from palate.artifacts import ArtifactError, os_errors
 from palate.config import scale
-from palate.distributed.launch import launch
+from palate.distributed.launch import launch_job
 from palate.training.guards import TrainingStopped
 from palate.unihetero.parts import PartsConfig, make_parts
 from palate.unihetero.plan import PlanConfig
@@ -25,16 +25,7 @@ class ReportConfig:
 
 
 def train(config: TrainConfig) -> None:
-    made = launch(
-        pipeline,
-        config,
-        launcher=config.launcher,
-        workers=config.workers,
-        cpus_per_worker=config.cpus_per_worker,
-        folder=config.out,
-        gpu=config.gpu,
-        once=start_over,
-    )
+    made = launch_job(pipeline, config, once=start_over)
     print(f"model: {made.url}")
 
 

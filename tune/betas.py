@@ -16,7 +16,7 @@ from palate import config as configs
 from palate.artifacts import ArtifactError, join, open_artifact, os_errors
 from palate.config import scale
 from palate.corpora.schema import RANKED_LISTS, TEXT_CORPUS
-from palate.distributed.launch import launch
+from palate.distributed.launch import launch_job
 from palate.distributed.tuning import Reported, SearchConfig, budgets_of, search, sweep_runs
 from palate.evaluation import images, sweeps, text
 from palate.evaluation.comparison import Comparison, TextConfig
@@ -99,15 +99,7 @@ def trial_kl(config: KlBetas, values: Mapping[str, Any], steps: int) -> LpoConfi
 
 def train_kl(config: KlBetas, values: Mapping[str, Any], steps: int) -> None:
     run = trial_kl(config, values, steps)
-    launch(
-        pipeline,
-        run,
-        launcher=run.launcher,
-        workers=run.workers,
-        cpus_per_worker=run.cpus_per_worker,
-        folder=run.out,
-        gpu=run.gpu,
-    )
+    launch_job(pipeline, run)
 
 
 def measure_kl(config: KlBetas, values: Mapping[str, Any], steps: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ from palate import config as configs
 from palate.artifacts import ArtifactError, join, open_artifact, os_errors
 from palate.card.stages import CardConfig, pipeline
 from palate.corpora.schema import TEXT_CORPUS
-from palate.distributed.launch import launch
+from palate.distributed.launch import launch_job
 from palate.distributed.tuning import Reported, SearchConfig, budgets_of, sweep_runs
 from palate.evaluation import sweeps
 from palate.evaluation.comparison import Comparison, TextConfig
@@ -104,15 +104,7 @@ def trial(config: ClustersConfig, values: Mapping[str, Any], epochs: int) -> Car
 def train(config: ClustersConfig, values: Mapping[str, Any], epochs: int) -> None:
     run = trial(config, values, epochs)
     worker = partial(pipeline, sampler=sample_answers)
-    launch(
-        worker,
-        run,
-        launcher=run.launcher,
-        workers=run.workers,
-        cpus_per_worker=run.cpus_per_worker,
-        folder=run.out,
-        gpu=run.gpu,
-    )
+    launch_job(worker, run)
 
 
 def measure(config: ClustersConfig, values: Mapping[str, Any], epochs: int) -> dict[str, float]:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from palate import artifacts
 from palate.training.guards import Preempted, TrainingStopped
@@ -84,6 +84,40 @@ def launch(
     except Preempted as notice:
         log.warning("%s", notice)
         raise SystemExit(128 + signal.SIGTERM) from None
+
+
+class Job(Protocol):
+    """What a job's config says of where it runs."""
+
+    @property
+    def out(self) -> str: ...
+    @property
+    def launcher(self) -> Launcher: ...
+    @property
+    def workers(self) -> int: ...
+    @property
+    def cpus_per_worker(self) -> float | None: ...
+    @property
+    def gpu(self) -> bool | None: ...
+
+
+AnyJob = TypeVar("AnyJob", bound=Job)
+
+
+def launch_job(
+    worker: Callable[[AnyJob, World], Result], config: AnyJob, once: Callable[[AnyJob], None] | None = None
+) -> Result:
+    """``launch`` where the config says."""
+    return launch(
+        worker,
+        config,
+        launcher=config.launcher,
+        workers=config.workers,
+        cpus_per_worker=config.cpus_per_worker,
+        folder=config.out,
+        gpu=config.gpu,
+        once=once,
+    )
 
 
 def run_ray(

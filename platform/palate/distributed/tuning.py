@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 from palate import artifacts
 from palate.config import require_at_least, scale, to_dict
+from palate.distributed.launch import Job
 from palate.evaluation import sweeps
 
 Values = Mapping[str, Any]
@@ -155,19 +156,11 @@ def search(
     return found, sorted(failed)
 
 
-class Run(Protocol):
+class Run(Job, Protocol):
     """What a sweep reads of a job's config."""
 
     @property
-    def out(self) -> str: ...
-    @property
     def fresh(self) -> bool: ...
-    @property
-    def launcher(self) -> str: ...
-    @property
-    def workers(self) -> int: ...
-    @property
-    def cpus_per_worker(self) -> float | None: ...
 
 
 def sweep_runs(
